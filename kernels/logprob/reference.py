@@ -1,0 +1,141 @@
+"""Token log-probability and entropy in plain PyTorch: the definition of truth.
+
+Each function has the name and the arguments of the torch op that it implements, without `backend`.
+With z the logits, c the softcap, t the temperature and y the id:
+
+    u = c tanh(z / c) / t          (-inf stays -inf)
+    m = max u,  s = log sum exp(u - m),  p = exp(u - m - s)
+    logprob = (u_y - m) - s
+    entropy = s - sum p (u - m)
+    d logprob / du_j = [j = y] - p_j
+    d entropy / du_j = -p_j (u_j - m - (s - entropy))
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf_fast._args import compute_dtype
+
+
+def tempered(
+    logits: torch.Tensor,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Logits in the arithmetic's dtype after softcap and temperature."""
+    u = logits.to(compute_dtype(logits.dtype))
+    if softcap is not None:
+        u = torch.where(u == -torch.inf, u, softcap * torch.tanh(u / softcap))
+    return u / (temperature if temperatures is None else temperatures.unsqueeze(-1))
+
+
+def live_tokens(ids: torch.Tensor, mask: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """True where a token counts."""
+    live = ids != ignore_index
+    return live if mask is None else live & mask
+
+
+def _clean(
+    logits: torch.Tensor,
+    live: torch.Tensor,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Tempered logits with zeros in the rows that do not count."""
+    if temperatures is not None:
+        temperatures = torch.where(live, temperatures, 1.0)
+    zero = logits.new_zeros(())
+    return tempered(
+        torch.where(live.unsqueeze(-1), logits, zero), temperature, temperatures, softcap
+    )
+
+
+def _shifted(u: torch.Tensor, row_max: torch.Tensor) -> torch.Tensor:
+    """u - max, with rows that are all -inf left at -inf instead of NaN."""
+    return u - torch.where(row_max == -torch.inf, 0.0, row_max).unsqueeze(-1)
+
+
+def logprob_entropy(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob, entropy, row_max, log_sum), each of the shape of `ids`; 0 where masked."""
+    live = live_tokens(ids, mask, ignore_index)
+    u = _clean(logits, live, temperature, temperatures, softcap)
+    row_max = u.amax(-1)
+    u = _shifted(u, row_max)
+    e = u.exp()
+    total = e.sum(-1)
+    empty = total == 0
+    log_sum = torch.where(empty, 0.0, total.log())
+    weighted = torch.where(e == 0, 0.0, e * u).sum(-1) / torch.where(empty, 1.0, total)
+    y = torch.where(live, ids, 0).to(torch.int64).unsqueeze(-1)
+    logprob = u.gather(-1, y).squeeze(-1) - log_sum
+    zero = torch.zeros_like(log_sum)
+    values = (logprob, torch.where(empty, zero, log_sum - weighted), row_max, log_sum)
+    return tuple(torch.where(live, value, zero) for value in values)
+
+
+def logprob(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob, row_max, log_sum), each of the shape of `ids`; 0 where a token is masked."""
+    lp, _, row_max, log_sum = logprob_entropy(
+        logits, ids, mask, temperature, temperatures, softcap, ignore_index
+    )
+    return lp, row_max, log_sum
+
+
+def logprob_backward(
+    grad_logprob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+    entropy: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient of the logits, in their dtype.
+
+    A token whose logit is -inf has log-prob -inf, which no logit can change: its gradient is 0.
+    At j = y the factor 1 - p_y is -expm1(logprob), which does not cancel when p_y is close to 1.
+    """
+    live = live_tokens(ids, mask, ignore_index)
+    u = _shifted(_clean(logits, live, temperature, temperatures, softcap), row_max)
+    p = (u - log_sum.unsqueeze(-1)).exp()
+    y = torch.where(live, ids, 0).to(torch.int64).unsqueeze(-1)
+    logprob_y = u.gather(-1, y) - log_sum.unsqueeze(-1)
+    g = torch.where(live, grad_logprob, 0.0).unsqueeze(-1)
+    g = torch.where(logprob_y == -torch.inf, 0.0, g)
+    du = torch.scatter(-g * p, -1, y, -g * torch.expm1(logprob_y))
+    if grad_entropy is not None:
+        h = torch.where(live, grad_entropy, 0.0).unsqueeze(-1)
+        mean = (log_sum - entropy).unsqueeze(-1)
+        du = du - h * torch.where(p == 0, 0.0, p * (u - mean))
+    if softcap is not None:
+        z = torch.where(live.unsqueeze(-1), logits, logits.new_zeros(())).to(du.dtype)
+        du = du * (1 - torch.tanh(z / softcap) ** 2)
+    if temperatures is None:
+        du = du / temperature
+    else:
+        du = du / torch.where(live, temperatures, 1.0).unsqueeze(-1)
+    return torch.where(live.unsqueeze(-1), du, 0.0).to(logits.dtype).contiguous()
