@@ -35,7 +35,8 @@ _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 _TABLE: dict[str, dict[str, str]] = {}
 # torch op -> public op whose row of the table serves it.
 _OWNER: dict[str, str] = {}
-_override: dict[str, str] = {}
+# What the open `use_backend` blocks ask for, outermost first: (op or None for all, backend).
+_requests: list[tuple[str | None, str]] = []
 
 
 # --------------------------------------------------------------------------- what is available
@@ -93,7 +94,7 @@ def _call_lacks(backend: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 def backends() -> dict[str, dict[str, bool | str]]:
-    """Which backend serves which op here: `backends()[op][backend]` is True or the reason why not."""
+    """Which backend serves which op here: `backends()[op][name]` is True or the reason why not."""
     return {op: {b: _lacks(op, b) or True for b in BACKENDS} for op in sorted(_TABLE)}
 
 
@@ -112,8 +113,8 @@ def use_backend(name: str, op: str | None = None) -> Iterator[None]:
 
     `name` is "reference", "cpu", "triton" or "cuda". The choice is process-wide, holds for the
     backward pass of what was computed inside the block, and never falls back: a call that the
-    backend cannot serve raises `NotImplementedError` with the reason of each candidate. An unknown `name` or `op`
-    raises `ValueError` at once.
+    backend cannot serve raises `NotImplementedError` with the reason of each candidate. An unknown
+    `name` or `op` raises `ValueError` at once.
 
     >>> with rlhf_fast.use_backend("reference"):
     ...     truth = rlhf_fast.logprob(logits.double(), ids)
@@ -123,25 +124,23 @@ def use_backend(name: str, op: str | None = None) -> Iterator[None]:
         raise ValueError(
             f"use_backend(op): expected one of {', '.join(sorted(_TABLE))}, got {op!r}"
         )
-    key = op or "*"
-    previous = _override.get(key)
-    _override[key] = name
+    _requests.append((op, name))
     try:
         yield
     finally:
-        if previous is None:
-            _override.pop(key, None)
-        else:
-            _override[key] = previous
+        _requests.pop()
 
 
 def requested(op: str) -> str:
-    """The backend asked for `op` by `use_backend`, or "" when nothing was asked.
+    """The backend asked for `op` by the innermost `use_backend` that applies, or "".
 
     Public functions pass it on as the last argument of their torch op, so that forward and backward
     are served alike and torch.compile guards on it.
     """
-    return _override.get(op) or _override.get("*") or ""
+    for target, name in reversed(_requests):
+        if target is None or target == op:
+            return name
+    return ""
 
 
 def debug() -> bool:

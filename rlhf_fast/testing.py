@@ -24,8 +24,8 @@ def assert_accurate(
         max |ours - truth| <= 2 max |plain - truth| + 8 ulp
 
     `truth` is the float64 formula on the same inputs, `plain` what plain PyTorch gives at the
-    inputs' dtype (None: the ulp term alone). One ulp is that of `ours`' dtype at the larger of 1 and the
-    largest finite |truth|. Infinities and NaN must stand in the same places.
+    inputs' dtype (None: the ulp term alone). One ulp is that of `ours`' dtype at the larger of 1
+    and the largest finite |truth|. Infinities and NaN must stand in the same places.
     """
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)} != {tuple(truth.shape)}"
     ours, truth = ours.detach(), truth.detach()

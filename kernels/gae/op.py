@@ -170,8 +170,8 @@ def gae_packed(
 
         A_t = delta_t + gamma lam A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t
 
-    inside each sequence `b`, whose tokens are `cu_seqlens[b] : cu_seqlens[b + 1]`. Equations, source
-    and options are those of `gae`.
+    inside each sequence b, whose tokens are `cu_seqlens[b] : cu_seqlens[b + 1]`. Source and options
+    are those of `gae`.
 
     Args:
         rewards: `[N]` rewards of all sequences, one behind the other.
