@@ -30,7 +30,7 @@ def assert_accurate(
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)} != {tuple(truth.shape)}"
     ours, truth = ours.detach(), truth.detach()
     eps = torch.finfo(ours.dtype).eps
-    ours64, truth64 = ours.double().cpu(), truth.double().cpu()
+    ours64, truth64 = ours.double(), truth.to(ours.device).double()
     finite = truth64.isfinite()
     assert torch.equal(ours64.isnan(), truth64.isnan()), (
         f"{name}: NaN in other places than the truth"
@@ -43,7 +43,7 @@ def assert_accurate(
     error = (ours64 - truth64)[finite].abs().max().item()
     allowed = FEW_ULP * eps * max(1.0, truth64[finite].abs().max().item())
     if plain is not None:
-        deviation = (plain.detach().double().cpu() - truth64)[finite].abs()
+        deviation = (plain.detach().to(ours.device).double() - truth64)[finite].abs()
         # A plain formula may be NaN or infinite where the truth is finite; that allows nothing.
         deviation = deviation[deviation.isfinite()]
         allowed += 2 * deviation.max().item() if deviation.numel() else 0.0
@@ -108,7 +108,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal numbers that depend on `seed` and `shape` only."""
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def random_mask(*shape: int, seed: int = 0, keep: float = 0.7) -> torch.Tensor:

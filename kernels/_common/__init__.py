@@ -1,0 +1,1 @@
+"""Triton helpers that two rooms or more use. Importing this package does not import Triton."""
