@@ -1,0 +1,393 @@
+"""What every `linear_*` op shares: tiles of logits, their row statistics, their gradients.
+
+The vocabulary is walked in slices and the rows in blocks; the logits of one (block, slice) are the
+only ones that exist. A slice of a half-precision head is upcast once per pass, and its gradient is
+complete, in float32, when the slice is left: it needs no accumulator of the size of the head.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+# 512 x 2048 float32 logits are 4 MiB: large enough for a matrix product at full rate, small enough
+# that its row statistics still find it in the last-level cache.
+SLICE = 2048
+ROWS = 512
+# Rows per product where rows must not depend on each other; see `product`.
+INVARIANT_ROWS = 64
+_PAD = 64
+
+
+def full_precision(function: Callable[..., object]) -> Callable[..., object]:
+    """Run `function` outside `torch.autocast`, whose dispatch key reaches into an op's body.
+
+    Without this a float32 head under bf16 autocast would give log-probs that are wrong by 0.06.
+    """
+
+    @functools.wraps(function)
+    def wrapper(first: torch.Tensor, *arguments):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *arguments)
+
+    return wrapper
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    rows, columns = (-n % _PAD for n in x.shape)
+    return torch.nn.functional.pad(x, (0, columns, 0, rows)) if rows or columns else x
+
+
+def product(
+    a: torch.Tensor, b: torch.Tensor, invariant: bool, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """a @ b; with `invariant`, a row of the result depends on that row of `a` and on `b` alone.
+
+    BLAS picks kernels by shape and treats the edge of a matrix differently from its inside: with
+    operands of fixed shape whose sizes are multiples of 64 there is no edge. `out` may be used.
+    """
+    if not invariant:
+        return torch.mm(a, b, out=out)
+    return (_padded(a) @ _padded(b))[: a.shape[0], : b.shape[1]].contiguous()
+
+
+@dataclass
+class Rows:
+    """The tokens of one call, in the arithmetic's dtype, padded to whole blocks.
+
+    On the CPU only the tokens that count are kept: prompts and padding cost no matrix product. On
+    CUDA their number is not known to the host without a synchronisation, and all rows stay.
+    """
+
+    hidden: torch.Tensor  # [rows, H], 0 where masked
+    live: torch.Tensor  # [rows] bool
+    temperature: float | torch.Tensor  # a number, or [rows, 1]
+    index: torch.Tensor | None  # which rows of the call are kept, None for all
+    size: int  # rows of the call
+    count: int  # rows that are kept, before padding
+    block: int
+    invariant: bool
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, hidden, live, temperature, temperatures, invariant, dtype) -> Rows:
+        index = None
+        size = hidden.shape[0]
+        if live.device.type == "cpu" and not live.all():
+            index = live.nonzero().squeeze(-1)
+            hidden, live = hidden[index], live[index]
+            temperatures = temperatures if temperatures is None else temperatures[index]
+        count = hidden.shape[0]
+        x = hidden if index is not None else torch.where(live.unsqueeze(-1), hidden, 0.0)
+        x = x.to(dtype)
+        if temperatures is not None:
+            temperature = torch.where(live, temperatures, 1.0).to(dtype).unsqueeze(-1)
+        extra = -count % INVARIANT_ROWS if invariant else 0
+        if extra:
+            x = torch.nn.functional.pad(x, (0, 0, 0, extra))
+            live = torch.nn.functional.pad(live, (0, extra))
+            if temperatures is not None:
+                temperature = torch.nn.functional.pad(temperature, (0, 0, 0, extra), value=1.0)
+        block = INVARIANT_ROWS if invariant else ROWS
+        return cls(x, live, temperature, index, size, count, block, invariant)
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """A per-row tensor of the call at the rows that are kept, with zeros behind it."""
+        x = x if self.index is None else x[self.index]
+        return torch.nn.functional.pad(x, (0, self.hidden.shape[0] - self.count))
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """A per-row result for every row of the call; 0 where a row is not kept or masked."""
+        live = self.live[: self.count]
+        x = x[: self.count]
+        if self.index is not None:
+            return x.new_zeros(self.size, *x.shape[1:]).index_copy_(0, self.index, x)
+        return torch.where(live if x.ndim == 1 else live.unsqueeze(-1), x, 0.0)
+
+    def blocks(self) -> Iterator[slice]:
+        for first in range(0, self.hidden.shape[0], self.block):
+            yield slice(first, first + self.block)
+
+    def temper(self, x: torch.Tensor, block: slice) -> torch.Tensor:
+        """`x` over the temperature of its rows, in place."""
+        t = self.temperature
+        if isinstance(t, torch.Tensor):
+            return x.div_(t[block])
+        return x if t == 1.0 else x.div_(t)
+
+    def scratch(self, name: str, block: slice, columns: slice) -> torch.Tensor:
+        """A buffer of a tile's shape, the same memory at each tile.
+
+        A fresh tile of 4 MiB costs more in page faults than most of what is done to it.
+        """
+        if name not in self.buffers:
+            self.buffers[name] = self.hidden.new_empty(self.block * SLICE)
+        rows = min(block.stop, self.hidden.shape[0]) - block.start
+        size = columns.stop - columns.start
+        return self.buffers[name][: rows * size].view(rows, size)
+
+    def new(self, *columns: int) -> torch.Tensor:
+        return self.hidden.new_zeros(self.hidden.shape[0], *columns)
+
+
+@dataclass
+class Head:
+    """A language-model head: logit_scale * x (W + scaling B A)^T + bias, then the softcap."""
+
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None = None  # [V]
+    lora_a: torch.Tensor | None = None  # [r, H]
+    lora_b: torch.Tensor | None = None  # [V, r]
+    scaling: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def slices(self) -> Iterator[slice]:
+        vocabulary = self.weight.shape[0]
+        for first in range(0, vocabulary, SLICE):
+            yield slice(first, min(first + SLICE, vocabulary))
+
+    def down(self, rows: Rows) -> torch.Tensor | None:
+        """x A^T [N, r], block by block so that rows stay independent."""
+        if self.lora_a is None:
+            return None
+        a = self.lora_a.to(rows.hidden.dtype).t()
+        parts = [product(rows.hidden[block], a, rows.invariant) for block in rows.blocks()]
+        return torch.cat(parts) if parts else rows.new(a.shape[1])
+
+    def up(self, columns: slice, dtype: torch.dtype) -> torch.Tensor | None:
+        """This slice of scaling * B, in the arithmetic's dtype."""
+        return None if self.lora_b is None else self.scaling * self.lora_b[columns].to(dtype)
+
+    def tile(
+        self,
+        rows: Rows,
+        block: slice,
+        columns: slice,
+        weight: torch.Tensor,
+        down: torch.Tensor | None,
+        up: torch.Tensor | None,
+        buffer: str = "logits",
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(tempered logits u, slope of the softcap or None) of one block and slice."""
+        out = rows.scratch(buffer, block, columns)
+        z = product(rows.hidden[block], weight.t(), rows.invariant, out)
+        if down is not None:
+            z += product(down[block], up.t(), rows.invariant)
+        if self.logit_scale != 1.0:
+            z *= self.logit_scale
+        if self.bias is not None:
+            z += self.bias[columns].to(z.dtype)
+        slope = None
+        if self.softcap is not None:
+            tanh = torch.tanh(z / self.softcap)
+            z = torch.where(z == -torch.inf, z, self.softcap * tanh)
+            slope = tanh.square_().neg_().add_(1)
+        return rows.temper(z, block), slope
+
+
+def finite(row_max: torch.Tensor) -> torch.Tensor:
+    """`row_max` with 0 for rows that are all -inf, so that -inf - max stays -inf."""
+    return torch.where(row_max == -torch.inf, 0.0, row_max)
+
+
+def statistics(u: torch.Tensor, buffer: torch.Tensor | None) -> list[torch.Tensor]:
+    """[m, s, w] of each row of a tile: max u, sum e, sum e (u - m), with e = exp(u - m).
+
+    Overwrites `u` and `buffer`; without a buffer w, which only the entropy needs, is 0.
+    """
+    row_max = u.amax(-1)
+    u.sub_(finite(row_max).unsqueeze(-1))
+    if buffer is None:
+        return [row_max, u.exp_().sum(-1), torch.zeros_like(row_max)]
+    e = torch.exp(u, out=buffer)
+    # Below -1e4 e is exactly 0, in float64 too: 0 times a finite number instead of -inf.
+    return [row_max, e.sum(-1), e.mul_(u.clamp_(min=-1e4)).sum(-1)]
+
+
+def merge(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tensor]:
+    """[m, s, w] of two disjoint parts of a vocabulary together.
+
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
+    row_max = torch.maximum(a[0], b[0])
+    total, weighted = 0.0, 0.0
+    for part_max, part_sum, part_weighted in (a[:3], b[:3]):
+        # A part without any possible token has sum 0 and moves nothing.
+        down = torch.where(part_max == -torch.inf, 0.0, part_max - finite(row_max))
+        factor = down.exp()
+        moved = torch.where(part_sum == 0, 0.0, part_weighted + part_sum * down)
+        total = total + factor * part_sum
+        weighted = weighted + torch.where(factor == 0, 0.0, factor * moved)
+    return [row_max, total, weighted]
+
+
+def pick(u: torch.Tensor, ids: torch.Tensor, columns: slice, so_far: torch.Tensor) -> torch.Tensor:
+    """The logit of each row's id where the id lies in this slice, else `so_far`."""
+    owned = (ids >= columns.start) & (ids < columns.stop)
+    index = torch.where(owned, ids - columns.start, 0).to(torch.int64)
+    return torch.where(owned, u.gather(-1, index.unsqueeze(-1)).squeeze(-1), so_far)
+
+
+def put(du: torch.Tensor, ids: torch.Tensor, columns: slice, value: torch.Tensor) -> None:
+    """Write `value` to each row's id where the id lies in this slice."""
+    owned = (ids >= columns.start) & (ids < columns.stop)
+    index = torch.where(owned, ids - columns.start, 0).to(torch.int64).unsqueeze(-1)
+    value = torch.where(owned.unsqueeze(-1), value.unsqueeze(-1), du.gather(-1, index))
+    du.scatter_(-1, index, value)
+
+
+class Gradients:
+    """Accumulates what a tile's gradient gives to hidden, weight, bias, A and B, where needed."""
+
+    def __init__(
+        self,
+        head: Head,
+        rows: Rows,
+        down: torch.Tensor | None,
+        needs: list[bool],
+        slicewise: bool = True,
+    ):
+        """With `slicewise` a slice is left for good; without, slices are entered again and again
+        and all gradients stay in the arithmetic's dtype."""
+        self.head, self.rows, self.down, self.slicewise = head, rows, down, slicewise
+        hidden, weight, bias, lora_a, lora_b = needs
+
+        def new(x: torch.Tensor, needed: bool) -> torch.Tensor | None:
+            if not needed:
+                return None
+            if slicewise:
+                return x.new_empty(x.shape)
+            return x.new_zeros(x.shape, dtype=rows.hidden.dtype)
+
+        self.hidden = rows.new(rows.hidden.shape[1]) if hidden else None
+        self.weight, self.bias = new(head.weight, weight), new(head.bias, bias)
+        self.lora_b = new(head.lora_b, lora_b)
+        self.wants_a = lora_a
+        through = down is not None and (hidden or lora_a)
+        self.down_grad = torch.zeros_like(down) if through else None
+
+    def enter(self, columns: slice) -> None:
+        """Start a slice: its gradients are in the arithmetic's dtype until `leave` rounds them."""
+        dtype = self.rows.hidden.dtype
+        self.slice_weight, self.slice_bias, self.slice_b = (
+            x if x is None else x[columns] for x in (self.weight, self.bias, self.lora_b)
+        )
+        if self.slicewise:
+            self.slice_weight, self.slice_bias, self.slice_b = (
+                x if x is None else torch.zeros_like(x, dtype=dtype)
+                for x in (self.slice_weight, self.slice_bias, self.slice_b)
+            )
+
+    def add(
+        self, dz: torch.Tensor, block: slice, weight: torch.Tensor, up: torch.Tensor | None
+    ) -> None:
+        """Add the tile whose gradient of logit_scale * product + bias is `dz`."""
+        invariant = self.rows.invariant
+        if self.slice_bias is not None:
+            self.slice_bias += dz.sum(0)
+        if self.head.logit_scale != 1.0:
+            dz = dz * self.head.logit_scale
+        if self.slice_weight is not None:
+            self.slice_weight.addmm_(dz.t(), self.rows.hidden[block])
+        if self.slice_b is not None:
+            self.slice_b.addmm_(dz.t(), self.down[block], alpha=self.head.scaling)
+        for grad, factor in ((self.hidden, weight), (self.down_grad, up)):
+            if grad is not None and invariant:
+                grad[block] += product(dz, factor, invariant)
+            elif grad is not None:
+                grad[block].addmm_(dz, factor)
+
+    def leave(self, columns: slice) -> None:
+        """Round the slice's gradients, once."""
+        if not self.slicewise:
+            return
+        for whole, part in (
+            (self.weight, self.slice_weight),
+            (self.bias, self.slice_bias),
+            (self.lora_b, self.slice_b),
+        ):
+            if whole is not None:
+                whole[columns] = part.to(whole.dtype)
+
+    def finish(self, reduce) -> list[torch.Tensor | None]:
+        """(hidden, weight, bias, A, B), hidden's not yet rounded; `reduce` sums over ranks."""
+        lora_a = None
+        if self.down_grad is not None:
+            self.down_grad = reduce(self.down_grad)
+        if self.wants_a:
+            lora_a = self.down_grad.t() @ self.rows.hidden
+            lora_a = lora_a.to(self.head.lora_a.dtype) if self.slicewise else lora_a
+        hidden = None
+        if self.hidden is not None:
+            hidden = reduce(self.hidden)
+            if self.down_grad is not None:
+                a = self.head.lora_a.to(hidden.dtype)
+                for block in self.rows.blocks():
+                    hidden[block] += product(self.down_grad[block], a, self.rows.invariant)
+            hidden = self.rows.whole(hidden)
+        return [hidden, self.weight, self.bias, lora_a, self.lora_b]
+
+
+class Upstream:
+    """The upstream gradients g of log-prob and h of entropy, ready to be spread over a tile.
+
+    With e = exp(u - m) and mean = sum p (u - m), the gradient of the logits is e (b + a (u - m))
+    where a = -h / (s t) and b = (h mean - g) / (s t), s being the sum of e. At y it is
+    (-g expm1(logprob) - h p_y (logprob + entropy)) / t, where 1 - p_y does not cancel.
+    """
+
+    def __init__(self, rows: Rows, local: torch.Tensor):
+        self.rows, self.local = rows, local
+        self.a, self.b, self.at_y, self.inverse, self.shift = (rows.new(1) for _ in range(5))
+        self.with_entropy = False
+
+    def put(
+        self,
+        block: slice,
+        row_max: torch.Tensor,
+        log_sum: torch.Tensor,
+        logprob: torch.Tensor,
+        grad_logprob: torch.Tensor,
+        entropy: torch.Tensor | None = None,
+        grad_entropy: torch.Tensor | None = None,
+    ) -> None:
+        """Prepare the rows of `block`; rows that do not count or have log-prob -inf get no g."""
+        live = self.rows.live[block]
+        possible = live & (logprob != -torch.inf)
+        g = torch.where(possible, grad_logprob, 0.0)
+        at_y = -g * torch.expm1(logprob)
+        a, b = torch.zeros_like(g), -g
+        self.with_entropy = grad_entropy is not None
+        if self.with_entropy:
+            h = torch.where(live, grad_entropy, 0.0)
+            a, b = -h, h * (log_sum - entropy) - g
+            at_y = at_y - h * logprob.exp() * (logprob + entropy)
+        inverse = torch.where(live, torch.exp(-log_sum), 0.0)
+        values = (a * inverse, b * inverse, torch.where(possible, at_y, 0.0), inverse)
+        targets = (self.a, self.b, self.at_y, self.inverse)
+        for target, value in zip(targets, values, strict=True):
+            target[block] = self.rows.temper(value.unsqueeze(-1), block)
+        # A shift of +inf makes e exactly 0 in the rows that do not count.
+        self.shift[block] = torch.where(live, finite(row_max), torch.inf).unsqueeze(-1)
+
+    def spread(
+        self, u: torch.Tensor, block: slice, columns: slice
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(gradient of a tile of logits before the temperature, e or None without entropy).
+
+        Leaves u - m in `u`, except where there is no entropy: `u` is then the gradient itself.
+        """
+        # Below -1e4 e is exactly 0, in float64 too: 0 times a finite number instead of -inf.
+        u.sub_(self.shift[block]).clamp_(min=-1e4)
+        if self.with_entropy:
+            e = torch.exp(u, out=self.rows.scratch("exp", block, columns))
+            du = self.rows.scratch("gradient", block, columns)
+            torch.addcmul(self.b[block], u, self.a[block], out=du).mul_(e)
+        else:
+            e, du = None, u.exp_().mul_(self.b[block])
+        put(du, self.local[block], columns, self.at_y[block].squeeze(-1))
+        return du, e

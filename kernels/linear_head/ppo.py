@@ -1,0 +1,179 @@
+"""The policy-gradient loss from hidden states: checks, schema, fake, autograd.
+
+The forward op returns each gradient for an upstream gradient of 1, taken while a chunk's logits
+still exist; the backward multiplies it by the upstream gradient, a scalar.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf_fast import _args, _dispatch
+from rlhf_fast.kernels.ppo_loss import Loss
+from rlhf_fast.kernels.ppo_loss._checks import (
+    check_normalizer,
+    clip_arguments,
+    common_dtype,
+    rows,
+    split_normalizer,
+)
+from rlhf_fast.kernels.ppo_loss.op import KINDS, REDUCTIONS
+
+from .op import ARGUMENTS, GRADIENTS, check_values, prepare
+
+_NOT_YET = "only the reference implements it so far"
+_dispatch.implementations("linear_ppo_loss", __package__, native=_NOT_YET, triton=_NOT_YET)
+
+_LOSS = (
+    "Tensor old_logprob, Tensor advantages, Tensor? weights, Tensor? normalizer, float? divisor, "
+    "str kind, float? clip_low, float? clip_high, float? dual_clip, str reduction, bool[] needs"
+)
+_COUNT = ARGUMENTS.count(",") + _LOSS.count(",") + 3  # with the backend
+_ADVANTAGES, _KIND = ARGUMENTS.count(",") + 2, ARGUMENTS.count(",") + 6
+
+
+def _fake(hidden, weight, ids, bias, lora_a, lora_b, *others):
+    old_logprob, kind, needs = others[9], others[14], others[-2]
+    dtype = _args.compute_dtype(hidden.dtype)
+    inputs = (hidden, weight, bias, lora_a, lora_b)
+    units = (
+        x.new_empty(x.shape, dtype=dtype) if need else hidden.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+    advantages = old_logprob.new_empty(old_logprob.shape if kind == "reinforce" else 0)
+    return (
+        old_logprob.new_empty(()),
+        old_logprob.new_empty(len(Loss.stats_names)),
+        *units,
+        advantages,
+    )
+
+
+def _check(*arguments) -> None:
+    check_values(*arguments)
+    ids, mask, ignore_index = arguments[2], arguments[6], arguments[12]
+    counts = ids != ignore_index
+    check_normalizer(counts if mask is None else counts & mask, *arguments[18:20])
+
+
+_dispatch.define(
+    "linear_ppo_loss",
+    f"linear_ppo_loss({ARGUMENTS}, {_LOSS}, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    check=_check,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    *units, unit_advantages = output[2:]
+    pairs = [(i, unit) for i, unit, need in zip(GRADIENTS, units, inputs[-2], strict=True) if need]
+    if inputs[_KIND] == "reinforce":
+        pairs.append((_ADVANTAGES, unit_advantages))
+    ctx.places = [i for i, _ in pairs]
+    ctx.save_for_backward(*(unit for _, unit in pairs), *(inputs[i] for i, _ in pairs))
+
+
+def _backward(ctx, grad, *_):
+    count = len(ctx.places)
+    out = [None] * _COUNT
+    for i, unit, source in zip(
+        ctx.places, ctx.saved_tensors[:count], ctx.saved_tensors[count:], strict=True
+    ):
+        if ctx.needs_input_grad[i]:
+            scaled = torch.ops.rlhf_fast.scale_unit_gradient(grad, unit, source)
+            out[i] = scaled.to(source.dtype)
+    return tuple(out)
+
+
+_dispatch.differentiable("linear_ppo_loss", setup_context=_setup_context, backward=_backward)
+
+
+def linear_ppo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    old_logprob: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    kind: str = "ppo",
+    clip_low: float | None = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    reduction: str = "token-mean",
+    normalizer: float | torch.Tensor | None = None,
+    importance_weights: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Loss:
+    """Policy-gradient loss of tokens from hidden states, without the [N, V] logits.
+
+        loss = policy_loss(linear_logprob(hidden, weight, ids, ...), old_logprob, advantages, mask)
+
+    An id equal to `ignore_index` counts as masked, in the loss and in every statistic. While a
+    gradient is needed, the forward pass takes it from each chunk of logits before the next one
+    overwrites it: three matrix products instead of the four of `linear_logprob` (kind "gspo" and a
+    `group` take the four). The unit gradients are kept, in float32, until the backward pass.
+    Sources: Schulman et al., "Proximal Policy Optimization Algorithms", 2017; Hsu et al., "Liger
+    Kernel", 2024 (gradient in the forward pass); those of `linear_logprob` and `policy_loss`.
+
+    Args:
+        hidden: `[..., H]` hidden states; `[B, T, H]` where a sequence matters (the "seq-"
+            reductions and kind "gspo"), the last of the leading axes being time.
+        weight: `[V, H]` the head.
+        ids: `[...]` the tokens that were drawn.
+        old_logprob: `[...]` their log-probs when they were drawn, in nats.
+        advantages: `[...]`.
+        mask: `[...]` bool, integer or float, or None; where it is 0 the token does not count.
+        kind, clip_low, clip_high, dual_clip, reduction, normalizer, importance_weights: as in
+            `policy_loss`; the weights are `[...]`.
+        bias, temperature, ignore_index, softcap, logit_scale, lora, group: as in `linear_logprob`.
+
+    Returns:
+        `Loss(loss, stats)` of `policy_loss`, differentiable in hidden, weight, bias, A and B.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or value.
+        IndexError: an id out of range that is neither masked nor `ignore_index` (on CPU).
+
+    >>> x, w, ids = torch.ones(1, 2, 4), torch.zeros(8, 4), torch.zeros(1, 2).long()
+    >>> old = torch.full((1, 2), -2.0794)
+    >>> rlhf_fast.linear_ppo_loss(x, w, ids, old, torch.ones(1, 2), None).loss
+    tensor(-1.0000)
+    """
+    _args.choice("kind", kind, KINDS)
+    _args.choice("reduction", reduction, REDUCTIONS)
+    head = prepare(
+        hidden, weight, ids, bias, temperature, mask, ignore_index, softcap, logit_scale, lora,
+        group,
+    )  # fmt: skip
+    data = {"old_logprob": old_logprob, "advantages": advantages}
+    if importance_weights is not None:
+        data["importance_weights"] = importance_weights
+    for name, x in data.items():
+        _args.check_float_tensor(name, x)
+        _args.check_shape(name, x, ids.shape, "that of ids")
+        _args.check_device(name, x, ids.device, "ids")
+    dtype = torch.promote_types(common_dtype(**data), _args.compute_dtype(hidden.dtype))
+    if kind != "reinforce":
+        advantages = advantages.detach()
+    weights = None if importance_weights is None else importance_weights.detach()
+    # The gradients are taken in the forward pass, so it has to know which of them will be needed.
+    needs = [
+        x is not None and x.requires_grad and torch.is_grad_enabled()
+        for x in (head[i] for i in GRADIENTS)
+    ]
+    loss, stats, *_ = torch.ops.rlhf_fast.linear_ppo_loss(
+        *head, rows(old_logprob.detach(), dtype), rows(advantages, dtype), rows(weights, dtype),
+        *split_normalizer(normalizer, hidden.device, dtype), kind,
+        *clip_arguments(clip_low, clip_high, dual_clip), reduction, needs,
+        _dispatch.requested("linear_ppo_loss"),
+    )  # fmt: skip
+    return Loss(loss, stats)
