@@ -1,0 +1,56 @@
+"""Inputs of the cases: made on the CPU from a fixed seed, so that they are the same everywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.testing import generator
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """float32 standard normal numbers times `scale` (drawn in float32: 10^8 of them take 1 s)."""
+    return torch.randn(*shape, generator=generator(seed)).mul_(scale)
+
+
+def token_ids(*shape: int, vocabulary: int, seed: int = 1) -> Tensor:
+    """int64 ids in [0, vocabulary)."""
+    return torch.randint(vocabulary, shape, generator=generator(seed))
+
+
+def response_mask(B: int, T: int, seed: int = 2) -> Tensor:
+    """Right padding: responses of length T/2 to T."""
+    lengths = torch.randint(max(T // 2, 1), T + 1, (B, 1), generator=generator(seed))
+    return torch.arange(T) < lengths
+
+
+def policy_batch(B: int, T: int) -> dict[str, Tensor]:
+    """Log-probs of a policy a few steps after its rollout, advantages and the mask."""
+    old = -normal(B, T, seed=3).abs()
+    return {
+        "logprob": old + normal(B, T, seed=4, scale=0.1),
+        "old_logprob": old,
+        "advantages": normal(B, T, seed=5),
+        "mask": response_mask(B, T),
+    }
+
+
+def value_batch(B: int, T: int) -> dict[str, Tensor]:
+    """Values before and after an update, and the returns."""
+    old = normal(B, T, seed=6)
+    return {
+        "values": old + normal(B, T, seed=7, scale=0.2),
+        "old_values": old,
+        "returns": normal(B, T, seed=8),
+    }
+
+
+def reward_batch(B: int, T: int) -> dict[str, Tensor]:
+    """Scores and the log-probs of policy and reference."""
+    logprob = -normal(B, T, seed=3).abs()
+    return {
+        "scores": normal(B, seed=9),
+        "logprob": logprob,
+        "ref_logprob": logprob + normal(B, T, seed=4, scale=0.1),
+        "mask": response_mask(B, T),
+    }

@@ -1,0 +1,40 @@
+"""Sizes of real models and batches, by name. A case takes its numbers from here.
+
+N rows (tokens), V vocabulary, H hidden size, B sequences, T tokens per response, P prompts, K
+completions per prompt.
+"""
+
+# Vocabularies.
+GPT2 = 50257
+LLAMA2 = 32000
+LLAMA3 = 128256
+QWEN2 = 151936
+
+# Rows of logits. A policy update of 16 responses of 128 tokens is 2048 rows.
+LOGITS = {"N": 2048, "V": GPT2}
+LOGITS_BACKWARD = {"N": 1024, "V": GPT2}
+LOGITS_KL = {"N": 512, "V": GPT2}
+LOGITS_GPU = {"N": 4096, "V": QWEN2}
+LOGITS_QUICK = {"N": 16, "V": 1000}
+
+# Padded responses: InstructGPT's batch with a long response, and few very long ones.
+TOKENS = {"B": 256, "T": 1024}
+TOKENS_LONG = {"B": 8, "T": 32768}
+TOKENS_GPU = {"B": 512, "T": 4096}
+TOKENS_QUICK = {"B": 8, "T": 64}
+
+# Hidden states and a head. 512 x 32000 is a model that trains on a CPU, 4096 x 128256 Llama-3-8B.
+HEAD = {"N": 2048, "H": 512, "V": LLAMA2}
+HEAD_SHORT = {"N": 512, "H": 512, "V": LLAMA2}
+HEAD_GPU = {"N": 4096, "H": 4096, "V": LLAMA3}
+HEAD_QUICK = {"N": 16, "H": 32, "V": 500}
+
+# One decoding step of B sequences.
+DECODE = ({"B": 16, "V": GPT2}, {"B": 64, "V": GPT2})
+DECODE_GPU = {"B": 256, "V": QWEN2}
+DECODE_QUICK = {"B": 4, "V": 1000}
+
+# Prompts and their completions: InstructGPT ranks up to 9, GRPO groups have 8.
+RANKING = {"P": 64, "K": 9}
+GROUPS = {"P": 512, "K": 8}
+RANKING_QUICK = {"P": 4, "K": 4}
