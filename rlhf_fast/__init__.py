@@ -1,19 +1,66 @@
 """Fused kernels for the half of RLHF that comes after the logits."""
 
+import importlib
+
 from rlhf_fast._dispatch import backends, use_backend
+from rlhf_fast._invariant import batch_invariant
+from rlhf_fast.kernels.advantages import (
+    Advantages,
+    group_advantages,
+    ppo_advantages,
+    shaped_rewards,
+    whiten,
+)
 from rlhf_fast.kernels.gae import GAE, discounted_returns, gae, gae_packed
+from rlhf_fast.kernels.kl import KLFull, kl_divergence, kl_divergence_full, kl_estimate
+from rlhf_fast.kernels.linear_head import (
+    linear_kl,
+    linear_logprob,
+    linear_logprob_entropy,
+    linear_ppo_loss,
+)
 from rlhf_fast.kernels.logprob import LogprobEntropy, logprob, logprob_entropy
+from rlhf_fast.kernels.ppo_loss import Loss, policy_loss, ppo_loss, value_loss
+from rlhf_fast.kernels.ranking_loss import ranking_loss
+from rlhf_fast.presets import preset
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advantages",
     "GAE",
+    "KLFull",
     "LogprobEntropy",
+    "Loss",
     "backends",
+    "batch_invariant",
     "discounted_returns",
     "gae",
     "gae_packed",
+    "group_advantages",
+    "kl_divergence",
+    "kl_divergence_full",
+    "kl_estimate",
+    "linear_kl",
+    "linear_logprob",
+    "linear_logprob_entropy",
+    "linear_ppo_loss",
     "logprob",
     "logprob_entropy",
+    "policy_loss",
+    "ppo_advantages",
+    "ppo_loss",
+    "preset",
+    "ranking_loss",
+    "shaped_rewards",
     "use_backend",
+    "value_loss",
+    "whiten",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Loaded when first used; they import other projects only when `patch()` is called.
+    if name == "integrations":
+        return importlib.import_module("rlhf_fast.integrations")
+    raise AttributeError(f"module 'rlhf_fast' has no attribute {name!r}")
