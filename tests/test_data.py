@@ -57,7 +57,7 @@ def write(path: Path, *records: object) -> Path:
     return path
 
 
-# --------------------------------------------------------------------------------------- the formats
+# -------------------------------------------------------------------------------------- the formats
 
 
 @pytest.mark.parametrize("format", EXAMPLES)
@@ -136,7 +136,7 @@ def test_self_instruct_and_alpaca_and_prompts(tmp_path):
     assert [r.completions for r in loaded] == [("2",), ("2",), ("hi",), ()]
 
 
-# -------------------------------------------------------------------------------- malformed records
+# ------------------------------------------------------------------------------- malformed records
 
 BAD = {
     "hh": [
@@ -250,7 +250,7 @@ def test_what_is_no_file(tmp_path):
         load(tmp_path / "x.csv", "csv")
 
 
-# ----------------------------------------------------------------------------------------- hub names
+# ---------------------------------------------------------------------------------------- hub names
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_hub_names(hub, tmp_path, monkeypatch):
 
 def test_hub_errors_name_the_data_set(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OSError, match="nobody/nothing: not a local file.*ConnectionError: cannot"):
+    with pytest.raises(OSError, match=r"nobody/nothing: not a local.*ConnectionError: cannot"):
         load("nobody/nothing")
     with pytest.raises(DataError, match=r"owner/bad\[train\], record 2 \(format hh\): expected"):
         load("owner/bad")
@@ -288,7 +288,7 @@ def test_hub_errors_name_the_data_set(hub, tmp_path, monkeypatch):
         load("owner/name")
 
 
-# ------------------------------------------------------------------------------------ the real files
+# ----------------------------------------------------------------------------------- the real files
 
 
 def real(name: str) -> Path:

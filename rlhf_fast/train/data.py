@@ -49,7 +49,7 @@ class Record:
         return self.ranks is not None and len(set(self.ranks)) > 1
 
 
-# ----------------------------------------------------------------------------- one record per format
+# ---------------------------------------------------------------------------- one record per format
 
 
 def _text(record: dict, key: str, *, empty: bool = False) -> str:
@@ -64,7 +64,7 @@ def _hh(record: dict) -> Record:
     """Anthropic's HH-RLHF: two dialogues that share their beginning, up to an answer."""
     marker = "\n\nAssistant:"
     chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
-    cut = os.path.commonprefix([chosen, rejected]).rfind(marker)
+    cut = os.path.commonprefix([chosen, rejected]).rfind(marker)  # noqa: RUF071  (of characters)
     if cut < 0:
         raise DataError(f"expected chosen and rejected to share a prompt that ends with {marker!r}")
     cut += len(marker)
@@ -125,7 +125,8 @@ def _ranked(record: dict) -> Record:
 
 
 _HHH = re.compile(
-    r"###The instruction to evaluate:\n(.*?)\n\n###Response to evaluate:\n(.*?)\n\n###Score Rubrics",
+    r"###The instruction to evaluate:\n(.*?)\n\n"
+    r"###Response to evaluate:\n(.*?)\n\n###Score Rubrics",
     re.DOTALL,
 )
 
@@ -178,7 +179,7 @@ def detect(record: Any) -> str | None:
     return found[0] if found else None
 
 
-# ------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 def read_text(path: Path) -> str:
