@@ -81,8 +81,8 @@ def preset(name: str) -> dict[str, dict[str, Any]]:
 
     "trl" is TRL 1.12 (its PPO) and 1.16 (groups), "verl" is verl 0.9, "openrlhf" OpenRLHF 0.11,
     "openai" lm-human-preferences, "deepspeed" DeepSpeed-Chat. docs/losses_and_advantages.md lists
-    formulas and sources, and what no keyword can express. verl clamps k3 and no other estimator: its entry
-    for `kl_estimate` is meant for `estimator="k3"`.
+    formulas and sources, and what no keyword can express. verl clamps k3 and no other estimator:
+    its entry for `kl_estimate` is meant for `estimator="k3"`.
 
     Args:
         name: "trl", "verl", "openrlhf", "openai" or "deepspeed".
