@@ -221,10 +221,10 @@ def _split() -> tuple[tuple[Record, ...], tuple[Record, ...]]:
 
 
 def records(seed: int = 0) -> tuple[list[Record], list[Record]]:
-    """(train, held-out) records: about 4000 and 300, each with one completion.
+    """(train, held-out) records: about 3300 and 370, each with one completion.
 
     The split is fixed, by a hash of the last part of the name; no held-out response begins with the
-    six words of a train response. `seed` orders the records.
+    first six words of a train response. `seed` orders the records.
     """
     sides = [list(side) for side in _split()]
     for side in sides:
@@ -286,10 +286,12 @@ def gold(prompt: str, response: str, finished: bool) -> float:
 
     An empty response scores 0. No part is a yes or no that decides alone, so that completions of a
     weak model rank; repeating a good phrase costs language and length, and a phrase that fits every
-    prompt misses the topic. Means over the held-out prompts, all but the last two finished: the
-    real response 0.80, "Return the name of the file object." for all 0.77, another prompt's response
-    0.64, the real one's words shuffled 0.52, the prompt again 0.38, "Return the value." 8 times 0.37,
-    "the" 20 times 0.13; half of the real response 0.45, 40 random tokens 0.16.
+    prompt misses the topic.
+
+    Means over the held-out prompts, finished: the real response 0.80, "Return the name of the file
+    object." for all 0.77, another prompt's response 0.64, the real one's words shuffled 0.52, the
+    prompt again 0.38, "Return the value." 8 times 0.37, "the" 20 times 0.13; unfinished: half of
+    the real response 0.45, 40 random tokens 0.16.
     """
     words = [word for word in _words(response) if word]
     if not words:
