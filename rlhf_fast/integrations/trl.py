@@ -173,11 +173,11 @@ def patch(force: bool = False) -> Patch:
 
     Replaced in `trl.trainer.utils` and wherever it was imported from there:
     `selective_log_softmax`, `selective_log_softmax_and_entropy`, `entropy_from_logits` and
-    `_ChunkedLogProbFunction` (SFT, DPO, GRPO and RLOO compute their log-probs with it); in 1.12
-    also `masked_whiten` and `masked_mean` of the PPO trainer. Results keep TRL's dtypes. What we
-    do not compute goes to TRL's own code: K ids a row, the outputs `log_sum_sq_probs`,
-    `mean_logits` and `is_top1`, mixed precision (autocast to another dtype than the weight's), and
-    DeepSpeed ZeRO-3.
+    `_ChunkedLogProbFunction` (the head of GRPO, RLOO and other trainers); in 1.12 also
+    `masked_whiten` and `masked_mean` of the PPO trainer. Results keep TRL's dtypes. What we do not
+    compute goes to TRL's own code: K ids a row, a head that is also asked for `log_sum_sq_probs`,
+    `mean_logits` or `is_top1` (SFT asks for is_top1), mixed precision (autocast to another dtype
+    than the weight's), and DeepSpeed ZeRO-3.
 
     Differences: a -inf logit adds 0 to the entropy (TRL: NaN). `masked_whiten` gives 0 where masked
     (its callers overwrite these), and 0 instead of an error or NaN for one token or none. A NaN

@@ -208,7 +208,13 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
                 raise DataError(f"{place}: expected a JSON object: {error}") from None
 
 
-_GAP = re.compile(r"[ \t\r\n]*")
+_NEXT = re.compile(r"[^ \t\r\n]|\Z")
+
+
+def _skip(text: str, at: int) -> int:
+    """The index of the first character from `at` on that is no white space, or the end."""
+    found = _NEXT.search(text, at)
+    return found.start() if found else len(text)
 
 
 def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -217,7 +223,7 @@ def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     Elements are decoded one by one: the place is the line on which the element begins.
     """
     decoder = json.JSONDecoder()
-    at = _GAP.match(text, text.index("[") + 1).end()
+    at = _skip(text, text.index("[") + 1)
     line, counted = 1, 0
     while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
@@ -226,9 +232,9 @@ def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: expected JSON: {error.msg}") from None
         yield f"{path}, line {line}", value
-        at = _GAP.match(text, at).end()
+        at = _skip(text, at)
         if text[at : at + 1] == ",":
-            at = _GAP.match(text, at + 1).end()
+            at = _skip(text, at + 1)
         elif text[at : at + 1] != "]":
             line += text.count("\n", counted, at)
             raise DataError(f"{path}, line {line}: expected ',' or ']' behind a record")
