@@ -1,0 +1,153 @@
+// The whole surface between Python and the native code: casts, checks, release of the GIL.
+//
+// Tensors come as addresses; 0 means None. Only kernels/<op>/_native.py calls these functions.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/check.h"
+#include "common/isa.h"
+#include "gae/gae.h"
+#include "logprob/logprob.h"
+
+namespace py = pybind11;
+
+namespace rlhf {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+T* required(Address address, const char* name) {
+  RLHF_CHECK(address != 0, std::string(name) + ": expected an address, got 0");
+  return pointer<T>(address);
+}
+
+void check_positive(int64_t value, const char* name) {
+  RLHF_CHECK(value > 0, std::string(name) + ": expected a positive number, got " +
+                            std::to_string(value));
+}
+
+// (logits, dtype, rows, vocabulary, inner, stride_outer, stride_inner, ids, mask, temperatures,
+//  temperature, softcap, ignore_index) as _native.py packs them.
+using RowsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, Address,
+                             Address, Address, float, float, int64_t>;
+
+LogitRows logit_rows(const RowsTuple& t, int threads) {
+  const auto& [logits, dtype, rows, vocabulary, inner, stride_outer, stride_inner, ids, mask,
+               temperatures, temperature, softcap, ignore_index] = t;
+  RLHF_CHECK(dtype >= 0 && dtype <= 2, "dtype: expected 0, 1 or 2, got " + std::to_string(dtype));
+  check_positive(rows, "rows");
+  check_positive(vocabulary, "vocabulary");
+  check_positive(inner, "inner");
+  check_positive(threads, "threads");
+  LogitRows in;
+  in.logits = required<void>(logits, "logits");
+  in.dtype = static_cast<Dtype>(dtype);
+  in.rows = rows;
+  in.vocabulary = vocabulary;
+  in.inner = inner;
+  in.stride_outer = stride_outer;
+  in.stride_inner = stride_inner;
+  in.ids = required<int64_t>(ids, "ids");
+  in.mask = pointer<uint8_t>(mask);
+  in.temperatures = pointer<float>(temperatures);
+  in.temperature = temperature;
+  in.softcap = softcap;
+  in.ignore_index = ignore_index;
+  in.threads = threads;
+  return in;
+}
+
+LogprobArgs logprob_args(const RowsTuple& rows, int threads, Address logprob, Address entropy,
+                         Address row_max, Address log_sum) {
+  LogprobArgs args;
+  args.in = logit_rows(rows, threads);
+  args.logprob = required<float>(logprob, "logprob");
+  args.row_max = required<float>(row_max, "row_max");
+  args.log_sum = required<float>(log_sum, "log_sum");
+  args.entropy = pointer<float>(entropy);
+  return args;
+}
+
+LogprobBackwardArgs logprob_backward_args(const RowsTuple& rows, int threads, Address grad_logprob,
+                                          Address grad_entropy, Address row_max, Address log_sum,
+                                          Address entropy, Address out) {
+  LogprobBackwardArgs args;
+  args.in = logit_rows(rows, threads);
+  args.grad_logprob = required<float>(grad_logprob, "grad_logprob");
+  args.row_max = required<float>(row_max, "row_max");
+  args.log_sum = required<float>(log_sum, "log_sum");
+  args.grad_entropy = pointer<float>(grad_entropy);
+  args.entropy = grad_entropy ? required<float>(entropy, "entropy") : nullptr;
+  args.out = required<void>(out, "out");
+  return args;
+}
+
+GaeArgs gae_args(Address rewards, Address values, Address offsets, Address mask, Address dones,
+                 Address bootstrap, Address advantages, Address returns, int64_t rows,
+                 int64_t length, float bootstrap_value, float gamma, float decay,
+                 float decay_returns, bool carry, int threads) {
+  check_positive(rows, "rows");
+  check_positive(length, "length");
+  check_positive(threads, "threads");
+  GaeArgs args;
+  args.rewards = required<float>(rewards, "rewards");
+  args.values = pointer<float>(values);
+  args.offsets = pointer<int64_t>(offsets);
+  args.mask = pointer<uint8_t>(mask);
+  args.dones = pointer<uint8_t>(dones);
+  args.bootstrap = pointer<float>(bootstrap);
+  args.advantages = required<float>(advantages, "advantages");
+  args.returns = pointer<float>(returns);
+  args.rows = rows;
+  args.length = length;
+  args.bootstrap_value = bootstrap_value;
+  args.gamma = gamma;
+  args.decay = decay;
+  args.decay_returns = decay_returns;
+  args.carry = carry;
+  args.threads = threads;
+  return args;
+}
+
+}  // namespace
+}  // namespace rlhf
+
+PYBIND11_MODULE(_C, m) {
+  using namespace rlhf;
+  m.doc() = "Native kernels of rlhf_fast; called by rlhf_fast/kernels/<op>/_native.py only.";
+  m.attr("WITH_CUDA") = static_cast<bool>(RLHF_WITH_CUDA);
+  m.def("isa", &isa_name, "The instruction set that the CPU kernels use.");
+  m.def("isas", &isas, "The instruction sets that this processor has, the slowest first.");
+  m.def("set_isa", &set_isa, "Use one of `isas()` from now on.");
+
+  m.def("cpu_logprob", [](const RowsTuple& rows, int threads, Address logprob, Address entropy,
+                          Address row_max, Address log_sum) {
+    const auto args = logprob_args(rows, threads, logprob, entropy, row_max, log_sum);
+    py::gil_scoped_release released;
+    cpu::logprob(args);
+  });
+  m.def("cpu_logprob_backward",
+        [](const RowsTuple& rows, int threads, Address grad_logprob, Address grad_entropy,
+           Address row_max, Address log_sum, Address entropy, Address out) {
+          const auto args = logprob_backward_args(rows, threads, grad_logprob, grad_entropy,
+                                                  row_max, log_sum, entropy, out);
+          py::gil_scoped_release released;
+          cpu::logprob_backward(args);
+        });
+  m.def("cpu_gae", [](Address rewards, Address values, Address offsets, Address mask,
+                      Address dones, Address bootstrap, Address advantages, Address returns,
+                      int64_t rows, int64_t length, float bootstrap_value, float gamma,
+                      float decay, float decay_returns, bool carry, int threads) {
+    const auto args =
+        gae_args(rewards, values, offsets, mask, dones, bootstrap, advantages, returns, rows,
+                 length, bootstrap_value, gamma, decay, decay_returns, carry, threads);
+    py::gil_scoped_release released;
+    cpu::gae(args);
+  });
+}

@@ -1,0 +1,251 @@
+// Log-prob and entropy on the CPU: each logit is read from memory once.
+//
+// A row is cut into pieces of fixed columns, each a task, so that a row's bits depend neither on the
+// number of threads nor on the other rows. A piece is walked in blocks that are copied into the
+// first-level cache as floats: while one block is exponentiated, the next one is fetched and its
+// maximum taken, so that the sums need one exponential per logit and memory is never waited for.
+#include "logprob/logprob.h"
+
+#include <cmath>
+#include <vector>
+
+#include "common/parallel.h"
+
+namespace rlhf::RLHF_ISA {
+namespace {
+
+constexpr int kPiece = 16384;   // columns per task
+constexpr int kBlock = 1024;    // columns per block: 4 KiB of floats
+constexpr int kUnroll = 4;      // vectors, each with sums of its own
+constexpr int kGroup = kUnroll * W;
+constexpr int kAhead = 2 * kBlock;  // prefetched columns: the hardware stops at the end of a page
+
+// With d = rate (z - top): total = sum exp d, weighted = sum exp(d) d over the columns seen.
+struct Softmax {
+  float top = -kInfinity;
+  double total = 0.0, weighted = 0.0;
+
+  // Moves to a larger maximum.
+  void raise(float new_top, float rate) {
+    if (!(new_top > top)) return;
+    if (top == -kInfinity) {  // nothing but -inf (or NaN, which stays) so far
+      total *= 0.0;
+      weighted *= 0.0;
+    } else {
+      const double shift = (static_cast<double>(top) - new_top) * rate;
+      const double factor = std::exp(shift);
+      weighted = factor == 0.0 ? weighted * 0.0 : factor * (weighted + shift * total);
+      total *= factor;
+    }
+    top = new_top;
+  }
+
+  void merge(Softmax other, float rate) {
+    raise(other.top, rate);
+    other.raise(top, rate);
+    total += other.total;
+    weighted += other.weighted;
+  }
+};
+
+// Logits on their way into the sums: converted, capped.
+template <class T, bool CAP>
+Vec prepared(const T* z, float softcap) {
+  const Vec x = load(z);
+  return CAP ? softcapped(x, softcap).value : x;
+}
+
+// The last n < kBlock columns of a piece into `block`, filled up with -inf to whole groups; returns
+// the filled length.
+template <class T, bool CAP>
+int stage_rest(const T* z, int n, float softcap, float* block, Vec& top) {
+  const int filled = (n + kGroup - 1) / kGroup * kGroup;
+  int i = 0;
+  for (; i + W <= n; i += W) store(block + i, prepared<T, CAP>(z + i, softcap));
+  if (i < n) {
+    T rest[W] = {};
+    std::memcpy(rest, z + i, (n - i) * sizeof(T));
+    store(block + i, prepared<T, CAP>(rest, softcap));
+  }
+  for (i = n; i < filled; ++i) block[i] = -kInfinity;
+  for (i = 0; i < filled; i += W) top = max(load(block + i), top);
+  return filled;
+}
+
+template <class T, bool CAP, bool WEIGHTED>
+Softmax fold_piece(const T* z, int n, float rate, float softcap) {
+  alignas(64) float blocks[2][kBlock];
+  Softmax state;
+  Vec top = splat<Vec>(-kInfinity);
+  int filled = kBlock;
+  if (n < kBlock) {
+    filled = stage_rest<T, CAP>(z, n, softcap, blocks[0], top);
+  } else {
+    for (int i = 0; i < kBlock; i += W) {
+      const Vec x = prepared<T, CAP>(z + i, softcap);
+      store(blocks[0] + i, x);
+      top = max(x, top);
+    }
+  }
+  for (int begin = 0, which = 0; begin < n; begin += kBlock, which ^= 1) {
+    state.raise(largest(top), rate);
+    top = splat<Vec>(-kInfinity);
+    const float base = state.top == -kInfinity ? 0.0f : state.top;
+    const float* const block = blocks[which];
+    float* const next_block = blocks[which ^ 1];
+    const T* const next = z + begin + kBlock;
+    const int left = n - begin - kBlock;
+    Vec total[kUnroll] = {}, weighted[kUnroll] = {};
+    const auto fold = [&](int i, int lane) {
+      const Vec d = (load(block + i) - base) * rate;
+      const Vec e = exp_negative(d);
+      total[lane] = total[lane] + e;
+      // The floor keeps 0 * -inf out.
+      if (WEIGHTED) weighted[lane] = fma(e, max(splat<Vec>(-87.0f), d), weighted[lane]);
+    };
+    if (left >= kBlock) {
+      for (int i = 0; i < kBlock; i += kGroup)
+        for (int u = 0; u < kUnroll; ++u) {
+          fold(i + u * W, u);
+          const Vec x = prepared<T, CAP>(next + i + u * W, softcap);
+          __builtin_prefetch(next + i + u * W + kAhead);
+          store(next_block + i + u * W, x);
+          top = max(x, top);
+        }
+    } else {
+      for (int i = 0; i < filled; i += kGroup)
+        for (int u = 0; u < kUnroll; ++u) fold(i + u * W, u);
+      if (left > 0) filled = stage_rest<T, CAP>(next, left, softcap, next_block, top);
+    }
+    for (int u = 1; u < kUnroll; ++u) {
+      total[0] = total[0] + total[u];
+      weighted[0] = weighted[0] + weighted[u];
+    }
+    state.total += sum(total[0]);
+    if (WEIGHTED) state.weighted += sum(weighted[0]);
+  }
+  return state;
+}
+
+// One row's results from those of its pieces.
+template <class T, bool CAP>
+void finish_row(const LogprobArgs& args, int64_t row, const Softmax* pieces, int64_t count) {
+  const LogitRows& in = args.in;
+  float logprob = 0.0f, entropy = 0.0f, row_max = 0.0f, log_sum = 0.0f;
+  if (is_live(in, row)) {
+    const float rate = rate_of(in, row);
+    Softmax state;
+    for (int64_t i = 0; i < count; ++i) state.merge(pieces[i], rate);
+    row_max = state.top;
+    const int64_t y = in.ids[row];
+    const bool known = y >= 0 && y < in.vocabulary;
+    if (row_max == -kInfinity && state.total == state.total) {  // nothing but -inf
+      logprob = known ? -kInfinity : NAN;
+    } else {
+      const double log_total = std::log(state.total);
+      log_sum = static_cast<float>(log_total);
+      entropy = static_cast<float>(log_total - state.weighted / state.total);
+      T chosen[W] = {};
+      if (known) chosen[0] = row_of<T>(in, row)[y];
+      const float z = prepared<T, CAP>(chosen, in.softcap)[0];
+      const float base = row_max == -kInfinity ? 0.0f : row_max;
+      logprob = known ? (z - base) * rate - log_sum : NAN;
+    }
+  }
+  args.logprob[row] = logprob;
+  args.row_max[row] = row_max;
+  args.log_sum[row] = log_sum;
+  if (args.entropy) args.entropy[row] = entropy;
+}
+
+template <class T, bool CAP, bool WEIGHTED>
+void forward(const LogprobArgs& args) {
+  const LogitRows& in = args.in;
+  const int64_t count = (in.vocabulary + kPiece - 1) / kPiece;
+  std::vector<Softmax> pieces(in.rows * count);
+  const int64_t grain = in.vocabulary < kPiece ? kPiece / in.vocabulary : 1;
+  parallel_for(in.rows * count, grain, in.threads, [&](int64_t task) {
+    const int64_t row = task / count, begin = task % count * kPiece;
+    if (!is_live(in, row)) return;
+    const int64_t left = in.vocabulary - begin;
+    const int n = static_cast<int>(left < kPiece ? left : kPiece);
+    pieces[task] = fold_piece<T, CAP, WEIGHTED>(row_of<T>(in, row) + begin, n, rate_of(in, row),
+                                                in.softcap);
+  });
+  for (int64_t row = 0; row < in.rows; ++row)
+    finish_row<T, CAP>(args, row, pieces.data() + row * count, count);
+}
+
+// The gradient is computed number by number, so neither `piece` nor alignment can change it.
+template <class T, bool CAP, bool ENTROPY>
+void backward_piece(const T* z, int64_t n, const RowGradient& c, T* out) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    __builtin_prefetch(z + i + kAhead);
+    store(out + i, logit_gradient<CAP, ENTROPY, false>(load(z + i), c));
+  }
+  if (i < n) {
+    T rest[W] = {};
+    std::memcpy(rest, z + i, (n - i) * sizeof(T));
+    store(rest, logit_gradient<CAP, ENTROPY, false>(load(rest), c));
+    std::memcpy(out + i, rest, (n - i) * sizeof(T));
+  }
+}
+
+template <class T, bool CAP, bool ENTROPY>
+void backward(const LogprobBackwardArgs& args) {
+  const LogitRows& in = args.in;
+  const int64_t count = (in.vocabulary + kPiece - 1) / kPiece;
+  const int64_t grain = in.vocabulary < kPiece ? kPiece / in.vocabulary : 1;
+  parallel_for(in.rows * count, grain, in.threads, [&](int64_t task) {
+    const int64_t row = task / count, begin = task % count * kPiece;
+    const int64_t left = in.vocabulary - begin, n = left < kPiece ? left : kPiece;
+    T* const out = static_cast<T*>(args.out) + row * in.vocabulary + begin;
+    if (!is_live(in, row)) {
+      std::memset(static_cast<void*>(out), 0, n * sizeof(T));
+      return;
+    }
+    RowGradient c = row_gradient<ENTROPY>(args, row);
+    const T* const z = row_of<T>(in, row);
+    const int64_t y = in.ids[row];
+    T chosen[W] = {};
+    if (y >= 0 && y < in.vocabulary) {
+      chosen[0] = z[y];
+      if (prepared<T, CAP>(chosen, in.softcap)[0] == -kInfinity) c.g = 0.0f;
+    } else {
+      c.g = NAN;
+    }
+    backward_piece<T, CAP, ENTROPY>(z + begin, n, c, out);
+    if (y >= begin && y < begin + n) {
+      store(chosen, logit_gradient<CAP, ENTROPY, true>(load(chosen), c));
+      out[y - begin] = chosen[0];
+    }
+  });
+}
+
+// Calls f with the compile-time form of (element type, softcap, entropy).
+template <class Function>
+void with_kind(const LogitRows& in, bool entropy, Function f) {
+  with_type(in.dtype, [&](auto type) {
+    const auto with_cap = [&](auto cap) {
+      entropy ? f(type, cap, std::true_type{}) : f(type, cap, std::false_type{});
+    };
+    in.softcap != 0.0f ? with_cap(std::true_type{}) : with_cap(std::false_type{});
+  });
+}
+
+}  // namespace
+
+void logprob(const LogprobArgs& args) {
+  with_kind(args.in, args.entropy, [&](auto type, auto cap, auto entropy) {
+    forward<decltype(type), cap, entropy>(args);
+  });
+}
+
+void logprob_backward(const LogprobBackwardArgs& args) {
+  with_kind(args.in, args.grad_entropy, [&](auto type, auto cap, auto entropy) {
+    backward<decltype(type), cap, entropy>(args);
+  });
+}
+
+}  // namespace rlhf::RLHF_ISA
