@@ -22,6 +22,7 @@ from rlhf_fast.kernels.linear_head import (
 from rlhf_fast.kernels.logprob import LogprobEntropy, logprob, logprob_entropy
 from rlhf_fast.kernels.ppo_loss import Loss, policy_loss, ppo_loss, value_loss
 from rlhf_fast.kernels.ranking_loss import ranking_loss
+from rlhf_fast.kernels.sample import Sample, replay_logprob, sample
 from rlhf_fast.presets import preset
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "KLFull",
     "LogprobEntropy",
     "Loss",
+    "Sample",
     "backends",
     "batch_invariant",
     "discounted_returns",
@@ -52,6 +54,8 @@ __all__ = [
     "ppo_loss",
     "preset",
     "ranking_loss",
+    "replay_logprob",
+    "sample",
     "shaped_rewards",
     "use_backend",
     "value_loss",

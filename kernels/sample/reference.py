@@ -1,0 +1,400 @@
+"""Sampling and replay in plain PyTorch: the definition of truth.
+
+Each function has the name and the arguments of the torch op that it implements, without `backend`.
+With z the logits (-inf where `logit_mask` forbids a token) and t the temperature:
+
+    u = z / t,   m = max u,   e = exp(u - m)
+    top-k    keeps u >= the k-th largest u, with all its ties
+    top-p    removes a token when the mass of top-k's tokens at or below its rank is <= 1 - p
+    min-p    keeps e >= min_p
+    logprob  = u_y - m - log sum_kept e
+    log_mass = log (sum_kept e / sum e)
+    entropy  = log sum e - sum e (u - m) / sum e
+
+Rank is by descending u, among equals by ascending id, and its first token always stays. What is
+kept is therefore the beginning of the ranking, and two numbers per row say how far it goes:
+`tau`, the smallest kept u, and `last`, the largest kept id among the tokens that have it.
+
+The two cuts by mass are decided in float64 and compared in the arithmetic's type, as Hugging Face's
+processors compare in theirs: exact ties of mass (ten equal logits at p = 0.9) are then the same
+everywhere, and implementations differ at most where a mass lies within 1e-15 of a midpoint between
+two floats.
+
+The draw is an exponential race (Gumbel's trick without the second logarithm): the kept token with
+the smallest r wins, the lowest id on a tie.
+
+    r_v = -log1p(-x_v) / exp(u_v - m)                          in float64
+    x_v = min(n_hi 2^-32 + (n_lo + 1/2) 2^-64, 1 - 2^-53)      in float64
+    n_lo, n_hi = words[2 (v & 1)], words[2 (v & 1) + 1]
+    words = Philox4x32-10(counter = (v >> 1, position & (2^32 - 1), position >> 32, 0),
+                          key = (seed & (2^32 - 1), seed >> 32))
+
+One call of Philox serves two neighbouring ids; seed and position are taken as unsigned 64-bit
+numbers. x_v has the full resolution of a double near 0, where a race is won (a token of probability
+1e-15 wins as often as it should), and a token's r does not depend on what else is kept. The integer
+part is exact, and x_v is one correctly rounded sum of exact products, with or without fused
+multiply-add. Implementations may thus differ in `log1p` and `exp` alone: they draw the same id
+unless the two best r are within a few ulp of float64 of each other, one draw in about 1e15. A
+kernel may screen in float32 with a margin, as long as float64 decides among what remains.
+
+Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from rlhf_fast._args import compute_dtype
+
+# Rows are taken in blocks of about this many logits: float64 copies of a block stay in the caches.
+_BLOCK = 1 << 18
+# The first attempt of top-p ranks this many tokens; a full sort of 50257 takes 10 times as long.
+_HEAD = 1024
+_LOW32 = 0xFFFFFFFF
+
+
+def philox(counter: tuple, key: tuple) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10: four words from four counter and two key words, all in [0, 2**32).
+
+    Words are int64 tensors that broadcast to each other. A product of two words overflows int64,
+    but its 64 bits are right, and the masks take out what sign extension does to the upper half.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0 = ((p1 >> 32) & _LOW32) ^ c1 ^ k0
+        c2 = ((p0 >> 32) & _LOW32) ^ c3 ^ k1
+        c1, c3 = p1 & _LOW32, p0 & _LOW32
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
+    return c0, c1, c2, c3
+
+
+def _words(pair: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> tuple:
+    """Philox's four words for the ids 2 pair and 2 pair + 1."""
+    zero = torch.zeros_like(position)
+    counter = pair, position & _LOW32, (position >> 32) & _LOW32, zero
+    return philox(counter, (seed & _LOW32, (seed >> 32) & _LOW32))
+
+
+def _exponential(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Exponential numbers in float64 from two words each."""
+    x = high.double() * 2.0**-32 + (low.double() + 0.5) * 2.0**-64
+    # x rounds to 1 once in 2**54 draws; the token then loses, but it does not become impossible.
+    return -torch.log1p(-x.clamp_(max=1 - 2.0**-53))
+
+
+def exponentials(ids: torch.Tensor, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """The exponential number of each token id; `seed` and `position` have the shape of `ids`."""
+    w0, w1, w2, w3 = _words(ids >> 1, seed, position)
+    odd = (ids & 1) != 0
+    return _exponential(torch.where(odd, w2, w0), torch.where(odd, w3, w1))
+
+
+def _all_exponentials(vocabulary: int, seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """[N, V] exponential numbers of every id, with one call of Philox per two of them."""
+    pair = torch.arange((vocabulary + 1) // 2, device=seed.device)
+    w0, w1, w2, w3 = _words(pair, seed.unsqueeze(-1), position.unsqueeze(-1))
+    low, high = (torch.stack(pairs, -1).flatten(-2) for pairs in ((w0, w2), (w1, w3)))
+    return _exponential(low[:, :vocabulary], high[:, :vocabulary])
+
+
+class _Settings(NamedTuple):
+    """The parameters as columns [N, 1]; None where a filter is off in every row."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor | None
+    top_p: torch.Tensor | None
+    min_p: torch.Tensor | None
+
+    def rows(self, block: slice) -> _Settings:
+        return _Settings(*(None if x is None else x[block] for x in self))
+
+
+def _settings(
+    logits: torch.Tensor, temperature, temperatures, top_k, top_ks, top_p, top_ps, min_p, min_ps
+) -> _Settings:
+    rows, vocabulary = logits.shape
+
+    def column(value, values, dtype):
+        if values is None:
+            return logits.new_full((rows, 1), value, dtype=dtype)
+        return values.reshape(rows, 1).to(dtype)
+
+    no_k = top_ks is None and not 0 < top_k < vocabulary
+    return _Settings(
+        column(temperature, temperatures, compute_dtype(logits.dtype)),
+        None if no_k else column(top_k, top_ks, torch.int64),
+        None if top_ps is None and top_p == 1 else column(top_p, top_ps, torch.float64),
+        None if min_ps is None and min_p == 0 else column(min_p, min_ps, torch.float64),
+    )
+
+
+def _blocks(rows: int, vocabulary: int) -> Iterator[slice]:
+    step = max(1, _BLOCK // vocabulary)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _row_sums(x: torch.Tensor) -> torch.Tensor:
+    """Row sums [N, 1]. A row alone would be split among threads: other bits than in a batch."""
+    return x.sum(-1, keepdim=True) if len(x) != 1 else torch.cat((x, x)).sum(-1, keepdim=True)[:1]
+
+
+def _tempered(z: torch.Tensor, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(u [N, V], its row maximum [N, 1]); greedy rows, of temperature 0, are left at 1.
+
+    Where a tiny temperature makes the largest quotient overflow, it becomes 0 instead.
+    """
+    t = torch.where(temperature == 0, 1.0, temperature)
+    top = z.amax(-1, keepdim=True)
+    overflows = top.isfinite() & (top / t).isinf()
+    u = (z - torch.where(overflows, top, 0.0)) / t
+    return u, torch.where(overflows, 0.0, top / t)
+
+
+def _shifted(u: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """u - max, with rows that are all -inf left at -inf instead of NaN."""
+    return u - torch.where(top == -torch.inf, 0.0, top)
+
+
+def _kth_largest(u: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
+    """[N, 1] the k-th largest u of each row; -inf where top-k is off."""
+    vocabulary = u.shape[-1]
+    off = (top_k == 0) | (top_k >= vocabulary)
+    k = torch.where(off, 1, top_k)
+    widest = vocabulary if u.is_cuda else int(k.max())  # on CUDA nothing is read by the host
+    return torch.where(off, -torch.inf, u.topk(widest).values.gather(-1, k - 1))
+
+
+def _ranked(u: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(u, ids) of the first `width` tokens by descending u, among equals by ascending id."""
+    if width == u.shape[-1]:
+        return u.sort(dim=-1, descending=True, stable=True)
+    ids = u.topk(width, sorted=False).indices.sort(-1).values
+    values, order = u.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, order)
+
+
+def _top_p(
+    u: torch.Tensor, top: torch.Tensor, tau: torch.Tensor, top_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tau, last) after top-p among the tokens with u >= tau."""
+    vocabulary = u.shape[-1]
+    inside = (u >= tau) & (u > -torch.inf)
+    total = _row_sums(torch.where(inside, _shifted(u.double(), top.double()).exp(), 0.0))
+    widest = vocabulary if u.is_cuda else int(inside.sum(-1).max())
+    width = widest if u.is_cuda else min(widest, _HEAD)
+    off = top_p == 1
+    while True:
+        values, ids = _ranked(u, width)
+        inside = values >= tau
+        e = torch.where(inside, _shifted(values.double(), top.double()).exp(), 0.0)
+        mass = e.cumsum(-1)
+        below = 1 - torch.cat((torch.zeros_like(total), mass[:, :-1]), -1) / total
+        kept = inside & (below.to(u.dtype) > (1 - top_p).to(u.dtype))
+        kept[:, 0] = True
+        end = kept.sum(-1, keepdim=True) - 1
+        cut = values.gather(-1, end)
+        # A head is enough if every row's cut lies above its last value, which may have more ties.
+        if width == widest or ((cut > values[:, -1:]) | off).all():
+            last = torch.where(off, vocabulary - 1, ids.gather(-1, end))
+            return torch.where(off, tau, cut), last
+        width = widest
+
+
+def _cut(
+    u: torch.Tensor, top: torch.Tensor, settings: _Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tau, last), both [N, 1]: token v is kept if u_v > tau, or u_v == tau and v <= last.
+
+    Where nothing is cut, tau is -inf and last -1: all tokens but those at -inf are kept.
+    """
+    vocabulary = u.shape[-1]
+    tau = torch.full_like(top, -torch.inf)
+    if settings.top_k is not None:
+        tau = _kth_largest(u, settings.top_k)
+    last = torch.full_like(tau, vocabulary - 1, dtype=torch.int64)
+    if settings.top_p is not None:
+        tau, last = _top_p(u, top, tau, settings.top_p)
+    if settings.min_p is not None:
+        e = _shifted(u.double(), top.double()).exp().to(u.dtype)
+        floor = torch.where(e >= settings.min_p.to(u.dtype), u, torch.inf).amin(-1, keepdim=True)
+        last = torch.where(floor > tau, vocabulary - 1, last)
+        tau = torch.maximum(floor, tau)
+    greedy = settings.temperature == 0
+    tau = torch.where(greedy, top, tau)
+    last = torch.where(greedy, u.argmax(-1, keepdim=True), last)
+    return tau, torch.where(tau == -torch.inf, -1, last)
+
+
+def _kept(u: torch.Tensor, tau: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    ids = torch.arange(u.shape[-1], device=u.device)
+    return (u > tau) | ((u == tau) & (ids <= last))
+
+
+def _normalisers(e: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(sum e, log sum e, log sum_kept e, log of their quotient), each [N, 1], finite."""
+    total, part = _row_sums(e), _row_sums(torch.where(kept, e, 0.0))
+    total, part = (torch.where(s == 0, 1.0, s) for s in (total, part))  # a row of -inf alone
+    return total, total.log(), part.log(), (part / total).log()
+
+
+def _logprob(
+    d: torch.Tensor, top: torch.Tensor, kept: torch.Tensor, log_kept: torch.Tensor, ids
+) -> torch.Tensor:
+    """[N, 1] log-probs of `ids`; -inf outside the kept set, NaN where the row has NaN or +inf."""
+    y = ids.clamp(0, d.shape[-1] - 1)
+    inside = kept.gather(-1, y) & (y == ids) | ~(top < torch.inf)
+    return torch.where(inside, d.gather(-1, y) - log_kept, -torch.inf)
+
+
+def _race(
+    u: torch.Tensor, top: torch.Tensor, kept: torch.Tensor, seed: torch.Tensor, position
+) -> torch.Tensor:
+    """[N] ids of the winners among the kept tokens; -1 where nothing is kept."""
+    rows, vocabulary = u.shape
+    # Only the kept tokens need a number. On CUDA their count is not known without a sync, and
+    # where most are kept all of them are cheaper than an index.
+    if u.is_cuda or 2 * int(kept.sum()) > kept.numel():
+        e = _shifted(u.double(), top.double()).exp()
+        r = torch.where(kept, _all_exponentials(vocabulary, seed, position) / e, torch.inf)
+        best = r.amin(-1, keepdim=True)
+        ids = torch.arange(vocabulary, device=u.device)
+        winner = torch.where(kept & (r == best), ids, vocabulary).amin(-1)
+    else:
+        row, ids = kept.nonzero(as_tuple=True)
+        e = (u[row, ids].double() - top[row, 0].double()).exp()
+        r = exponentials(ids, seed[row], position[row]) / e
+        best = r.new_full((rows,), torch.inf).scatter_reduce(0, row, r, "amin")
+        ids = torch.where(r == best[row], ids, vocabulary)
+        winner = ids.new_full((rows,), vocabulary).scatter_reduce(0, row, ids, "amin")
+    return torch.where(winner == vocabulary, -1, winner)
+
+
+def sample(
+    logits: torch.Tensor,
+    logit_mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    top_k: int,
+    top_ks: torch.Tensor | None,
+    top_p: float,
+    top_ps: torch.Tensor | None,
+    min_p: float,
+    min_ps: torch.Tensor | None,
+    seed: int,
+    seeds: torch.Tensor | None,
+    position: int,
+    positions: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids, logprob, log_mass, entropy), each [B]; -1, -inf, 0, 0 in a row without a token."""
+    rows, vocabulary = logits.shape
+    dtype = compute_dtype(logits.dtype)
+    ids = logits.new_empty(rows, dtype=torch.int64)
+    logprob, log_mass, entropy = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
+    settings = _settings(
+        logits, temperature, temperatures, top_k, top_ks, top_p, top_ps, min_p, min_ps
+    )
+    seeds = torch.full_like(ids, seed) if seeds is None else seeds
+    positions = torch.full_like(ids, position) if positions is None else positions
+    for block in _blocks(rows, vocabulary):
+        z, at = logits[block].to(dtype), settings.rows(block)
+        if logit_mask is not None:
+            z = torch.where(logit_mask[block], z, -torch.inf)
+        u, top = _tempered(z, at.temperature)
+        kept = _kept(u, *_cut(u, top, at))
+        y = _race(u, top, kept, seeds[block], positions[block])
+        d = _shifted(u, top)
+        e = d.exp()
+        total, log_sum, log_kept, log_ratio = _normalisers(e, kept)
+        mean = _row_sums(torch.where(e == 0, 0.0, e * d)) / total
+        greedy = at.temperature == 0
+        ids[block] = y
+        logprob[block] = _logprob(d, top, kept, log_kept, y.unsqueeze(-1)).squeeze(-1)
+        log_mass[block] = torch.where(greedy, 0.0, log_ratio).squeeze(-1)
+        entropy[block] = torch.where(greedy, 0.0, log_sum - mean).squeeze(-1)
+    return ids, logprob, log_mass, entropy
+
+
+def replay_logprob(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    top_k: int,
+    top_ks: torch.Tensor | None,
+    top_p: float,
+    top_ps: torch.Tensor | None,
+    min_p: float,
+    min_ps: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """(logprob, log_mass, tau, last, log_kept, log_sum), each of the shape of `ids`.
+
+    The last four are what the backward pass needs: the kept set, log sum_kept e and log sum e.
+    """
+    dtype = compute_dtype(logits.dtype)
+    shape, vocabulary = ids.shape, logits.shape[-1]
+    logits, ids = logits.reshape(-1, vocabulary), ids.reshape(-1, 1).to(torch.int64)
+    rows = len(logits)
+    logprob, log_mass, tau, log_kept, log_sum = (
+        logits.new_empty((rows, 1), dtype=dtype) for _ in range(5)
+    )
+    last = logits.new_empty((rows, 1), dtype=torch.int64)
+    settings = _settings(
+        logits, temperature, temperatures, top_k, top_ks, top_p, top_ps, min_p, min_ps
+    )
+    for block in _blocks(rows, vocabulary):
+        at = settings.rows(block)
+        u, top = _tempered(logits[block].to(dtype), at.temperature)
+        tau[block], last[block] = _cut(u, top, at)
+        kept = _kept(u, tau[block], last[block])
+        d = _shifted(u, top)
+        _, log_sum[block], log_kept[block], log_ratio = _normalisers(d.exp(), kept)
+        logprob[block] = _logprob(d, top, kept, log_kept[block], ids[block])
+        log_mass[block] = torch.where(at.temperature == 0, 0.0, log_ratio)
+    return tuple(x.view(shape) for x in (logprob, log_mass, tau, last, log_kept, log_sum))
+
+
+def replay_logprob_backward(
+    grad_logprob: torch.Tensor,
+    grad_log_mass: torch.Tensor,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    tau: torch.Tensor,
+    last: torch.Tensor,
+    log_kept: torch.Tensor,
+    log_sum: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient of the logits, in their dtype, with the kept set held fixed.
+
+        d logprob  / du_j = [j = y] - q_j,   q = exp(u - m - log_kept) in the kept set, 0 outside
+        d log_mass / du_j = q_j - p_j,       p = exp(u - m - log_sum)
+
+    A log-prob of -inf, which no logit can change, has no gradient. At j = y the factor 1 - q_y is
+    -expm1(logprob), which does not cancel when q_y is close to 1.
+    """
+    dtype = compute_dtype(logits.dtype)
+    shape, vocabulary = logits.shape, logits.shape[-1]
+    logits = logits.reshape(-1, vocabulary)
+    columns = (grad_logprob, grad_log_mass, ids.to(torch.int64), tau, last, log_kept, log_sum)
+    columns = [x.reshape(-1, 1) for x in columns]
+    t = _settings(logits, temperature, temperatures, 0, None, 1.0, None, 0.0, None).temperature
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for block in _blocks(len(logits), vocabulary):
+        g, h, y, cut, end, part, whole = (x[block] for x in columns)
+        u, top = _tempered(logits[block].to(dtype), t[block])
+        kept, d = _kept(u, cut, end), _shifted(u, top)
+        logprob = _logprob(d, top, kept, part, y)
+        g = torch.where(logprob == -torch.inf, 0.0, g)
+        h = torch.where(t[block] == 0, 0.0, h)
+        q = torch.where(kept, (d - part).exp(), 0.0)
+        y = y.clamp(0, vocabulary - 1)
+        du = torch.scatter(-g * q, -1, y, -g * torch.expm1(logprob))
+        du = du + h * (q - (d - whole).exp())
+        grad[block] = du / torch.where(t[block] == 0, 1.0, t[block])
+    return grad.view(shape)
