@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Series = list[tuple[float, float]]  # (step, value), in the order of steps
+Point = tuple[float, float, float]  # (sqrt(kl), value, step)
 
 # (title, label of the y axis with its unit, metrics). Each metric is drawn with its eval_ twin.
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -72,7 +73,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
@@ -80,7 +81,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
     series: dict[str, dict[float, float]] = defaultdict(dict)
     for line in _lines(path):
         step = line.get("step")
-        if isinstance(step, int):
+        if type(step) is int:
             for name, value in line.items():
                 if name not in NOT_PLOTTED and _number(value):
                     series[name][step] = value
@@ -123,10 +124,11 @@ def _figure(rows: int = 1) -> tuple[Any, list[Any]]:
 
     height = 2.5 * rows + 0.3
     figure = Figure(figsize=(7.2, height), dpi=130)
-    figure.subplots_adjust(0.12, 0.5 / height, 0.98, 1 - 0.32 / height, hspace=0.08)
+    figure.subplots_adjust(0.13, 0.5 / height, 0.98, 1 - 0.32 / height, hspace=0.08)
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
     for axis in axes:
+        axis.yaxis.set_major_formatter("{x:.5g}")  # no 1e-5 above the axis, where the title is
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, color="#e6e6e6", linewidth=0.8)
         axis.set_axisbelow(True)
@@ -141,13 +143,17 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # to matplotlib, text between dollars is mathematics
+
+
 def _limits(axis: Any, lines: list[Thin]) -> None:
-    """The y range of a long series without its outermost hundredths, which would flatten the rest."""
-    low = sorted(y for line in lines for y in line.low)
-    high = sorted(y for line in lines for y in line.high)
-    low, high = low[len(low) // 100], high[-1 - len(high) // 100]
-    if max(len(line.x) for line in lines) == BINS and high > low:
-        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    """A y range without its outermost hundredths where they would flatten the rest to a third."""
+    lows = sorted(y for line in lines for y in line.low)
+    highs = sorted(y for line in lines for y in line.high)
+    low, high = lows[len(lows) // 100], highs[-1 - len(highs) // 100]
+    if 0 < 3 * (high - low) < highs[-1] - lows[0]:
+        axis.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
 
 
 def panel(title: str, label: str, series: dict[str, Series]) -> bytes:
@@ -162,24 +168,22 @@ def panel(title: str, label: str, series: dict[str, Series]) -> bytes:
         if len(points) > BINS:
             axis.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
         axis.plot(
-            line.x, line.mean, color=colour, linewidth=1.5, label=name,
+            line.x, line.mean, color=colour, linewidth=1.5, label=_plain(name),
             marker="o" if few else None, markersize=3.5, zorder=3 if name != _base(name) else 2,
         )  # fmt: skip
         drawn.append(line)
     _limits(axis, drawn)
-    axis.set_title(title, loc="left", fontsize=11)
+    axis.set_title(_plain(title), loc="left", fontsize=11)
     axis.set_xlabel("step", fontsize=9)
-    axis.set_ylabel(label, fontsize=9)
+    axis.set_ylabel(_plain(label), fontsize=9)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 1:
         axis.legend(frameon=False, fontsize=8.5)
     return _png(figure)
 
 
-def _against_kl(
-    series: dict[str, Series], prefix: str, name: str
-) -> list[tuple[float, float, float]]:
-    """(sqrt(kl), value, step) at up to 1000 steps that have both; a sampled KL < 0 counts as 0."""
+def _against_kl(series: dict[str, Series], prefix: str, name: str) -> list[Point]:
+    """Points at up to 1000 steps that have both; a sampled KL < 0 counts as 0."""
     kl = dict(series.get(prefix + "kl", []))
     found = [
         (math.sqrt(max(kl[step], 0.0)), value, step)
@@ -189,7 +193,7 @@ def _against_kl(
     return found[:: -(-len(found) // 1000) or 1]
 
 
-def _running_mean(points: list[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
+def _running_mean(points: list[Point]) -> tuple[list[float], list[float]]:
     """Means of x and y of each tenth of the points, moved along x point by point."""
     points, window = sorted(points), max(len(points) // 10, 5)
     parts = [points[i : i + window] for i in range(len(points) - window + 1)]
@@ -339,7 +343,8 @@ def write(output: Path) -> Path:
     parts.append(_samples(output / "samples.jsonl"))
     config = output / "config.yaml"
     if config.exists():
-        parts.append(f"<h2>Configuration</h2>\n<pre>{html.escape(config.read_text())}</pre>")
+        text = html.escape(config.read_text(encoding="utf-8", errors="replace"))
+        parts.append(f"<h2>Configuration</h2>\n<pre>{text}</pre>")
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -349,6 +354,6 @@ def write(output: Path) -> Path:
     )
     target = output / "report.html"
     fresh = target.with_name(".report.html.writing")
-    fresh.write_text(page, encoding="utf-8")
+    fresh.write_text(page, encoding="utf-8", errors="replace")  # lone surrogates
     os.replace(fresh, target)
     return target
