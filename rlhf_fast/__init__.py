@@ -25,6 +25,11 @@ from rlhf_fast.kernels.ranking_loss import ranking_loss
 from rlhf_fast.kernels.sample import Sample, replay_logprob, sample
 from rlhf_fast.presets import preset
 
+# The name `rollout` is the function, as in `rlhf_fast.rollout(model)`. It takes the place of the
+# sub-package of that name, bound by this very import; `import rlhf_fast.rollout` and
+# `from rlhf_fast.rollout import ...` find the package in sys.modules and never bind it again.
+from rlhf_fast.rollout import Rollout, RolloutOutput, generate, rollout
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -33,12 +38,15 @@ __all__ = [
     "KLFull",
     "LogprobEntropy",
     "Loss",
+    "Rollout",
+    "RolloutOutput",
     "Sample",
     "backends",
     "batch_invariant",
     "discounted_returns",
     "gae",
     "gae_packed",
+    "generate",
     "group_advantages",
     "kl_divergence",
     "kl_divergence_full",
@@ -55,6 +63,7 @@ __all__ = [
     "preset",
     "ranking_loss",
     "replay_logprob",
+    "rollout",
     "sample",
     "shaped_rewards",
     "use_backend",

@@ -1,0 +1,141 @@
+"""The decode loop: fill slots with prompts, sample a token for each, refill those that finish."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rlhf_fast.kernels.sample import sample
+from rlhf_fast.rollout.slots import SlotCache, Step
+
+# Prompt tokens per prefill forward. It bounds the activations: a longer prompt goes alone.
+_PREFILL_TOKENS = 16384
+
+
+class Loop:
+    """One call of `generate`: `prompts[i]` is continued into row i of the outputs.
+
+    State of the live slots 0 .. live-1, each a `[slots]` int64 tensor on the model's device:
+
+        row      which row of the outputs the slot writes
+        length   tokens whose keys are stored, that is the position of the next token to feed
+        token    the next token to feed
+        index    how many tokens of the response there are
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        prompts: list[torch.Tensor],
+        seeds: torch.Tensor,
+        eos_ids: torch.Tensor,
+        *,
+        slots: int,
+        max_new_tokens: int,
+        sampling: dict[str, float],
+        on_finish: Callable[[int], object],
+    ):
+        self.model, self.prompts, self.seeds, self.eos_ids = model, prompts, seeds, eos_ids
+        self.slots, self.max_new_tokens = min(slots, len(prompts)), max_new_tokens
+        self.sampling, self.on_finish = sampling, on_finish
+        device = seeds.device
+        columns = max(len(p) for p in prompts) + max_new_tokens
+        self.cache = SlotCache(model.config.num_hidden_layers, self.slots, columns)
+        # Renamed from past_key_values in transformers 5.24.
+        names = inspect.signature(type(model).forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"
+        self.waiting = deque(range(len(prompts)))
+        self.live = 0
+        self.row, self.length, self.token, self.index = torch.zeros(
+            4, self.slots, dtype=torch.int64, device=device
+        )
+        shape = (len(prompts), max_new_tokens)
+        self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        self.logprob, self.log_mass, self.entropy = (
+            torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3)
+        )
+
+    def run(self) -> None:
+        while self.waiting or self.live:
+            if self._worth_filling():
+                self._fill()
+            else:
+                self._decode()
+
+    def _worth_filling(self) -> bool:
+        """A prefill costs about one decode step however few its prompts: wait for several."""
+        free = self.slots - self.live
+        return bool(self.waiting) and (self.live == 0 or 8 * free >= self.slots)
+
+    def _fill(self) -> None:
+        """Prefill the next waiting prompts, packed, into free slots; sample their first tokens."""
+        first, total = self.live, 0
+        rows: list[int] = []
+        while self.waiting and first + len(rows) < self.slots:
+            total += len(self.prompts[self.waiting[0]])
+            if rows and total > _PREFILL_TOKENS:
+                break
+            rows.append(self.waiting.popleft())
+        prompts = [self.prompts[row] for row in rows]
+        lengths = [len(p) for p in prompts]
+        self.live = first + len(rows)
+        new = slice(first, self.live)
+        device = self.row.device
+        self.row[new] = torch.tensor(rows, device=device)
+        self.length[new] = torch.tensor(lengths, device=device)
+        self.index[new] = 0
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+        slots = torch.arange(first, self.live, device=device).repeat_interleave(self.length[new])
+        step = Step(slots, positions, lengths=lengths)
+        ends = self.length[new].cumsum(0) - 1
+        logits = self._forward(torch.cat(prompts)[None], positions[None], step, ends)
+        self._draw(logits[0], new)
+
+    def _decode(self) -> None:
+        """One more token for every live slot."""
+        every = slice(0, self.live)
+        positions = self.length[every].clone()
+        slots = torch.arange(self.live, device=positions.device)
+        step = Step(slots, positions, width=int(positions.max()) + 1)
+        logits = self._forward(self.token[every, None], positions[:, None], step, 1)
+        self.length[every] += 1
+        self._draw(logits[:, 0], every)
+
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, step: Step, keep: int | torch.Tensor
+    ) -> torch.Tensor:
+        self.cache.step = step
+        # What the config may ask for beside logits is turned off: nobody reads it here.
+        off: dict[str, Any] = {"output_attentions": False, "output_hidden_states": False}
+        return self.model(
+            input_ids=ids, position_ids=positions, logits_to_keep=keep, slot_step=step,
+            use_cache=True, return_dict=True, **{self.cache_name: self.cache}, **off,
+        ).logits  # fmt: skip
+
+    def _draw(self, logits: torch.Tensor, slots: slice) -> None:
+        """Sample the next token of `slots`, write it down, and free the slots that are done."""
+        row, index = self.row[slots], self.index[slots]
+        drawn = sample(logits, **self.sampling, seed=self.seeds[row], position=index)
+        self.token[slots] = drawn.ids
+        self.ids[row, index] = drawn.ids
+        self.logprob[row, index] = drawn.logprob.float()
+        self.log_mass[row, index] = drawn.log_mass.float()
+        self.entropy[row, index] = drawn.entropy.float()
+        index += 1  # a view of the state, as row is
+        self.lengths[row] = index
+        done = torch.isin(drawn.ids, self.eos_ids) | (index == self.max_new_tokens)
+        finished = (done.nonzero().flatten() + slots.start).tolist()
+        # From the back, so that the last live slot, which fills the hole, is not itself done.
+        for slot in reversed(finished):
+            self.live -= 1
+            if slot != self.live:
+                self.cache.move(self.live, slot)
+                for state in (self.row, self.length, self.token, self.index):
+                    state[slot] = state[self.live]
+        if finished:
+            self.on_finish(len(finished))
