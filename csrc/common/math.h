@@ -6,6 +6,8 @@
 #if defined(__CUDACC__)
 #include "common/device.cuh"
 #else
+#include <cmath>
+
 #include "common/vec.h"
 #endif
 
@@ -55,14 +57,19 @@ struct Capped {
 
 // cap * tanh(z / cap) and its derivative 1 - tanh^2; -inf stays -inf.
 //
-// With e = exp(-2 |z / cap|), tanh is (1 - e) / (1 + e), which cancels near 0; there the Taylor
-// series up to y^15 serves, whose relative error at the switch is 1e-8.
+// With e = exp(-2 |z / cap|), tanh is 1 - 2 e / (1 + e), which cancels near 0; there the Taylor
+// series up to y^15 serves, whose relative error at the switch is 1e-8. Errors of tanh come out
+// multiplied by cap / temperature, so each step is good to about half an ulp.
 template <class F>
 RLHF_HD Capped<F> softcapped(F z, float cap) {
   const F y = z / splat<F>(cap);
   const F size = abs(y);
   const F e = exp_negative(size * -2.0f);
-  const F below = splat<F>(1.0f) / (e + 1.0f);
+  const F above = e + 1.0f;
+  F below = splat<F>(1.0f) / above;
+  // One step of Newton towards 1 / (1 + e), with what the rounding of 1 + e lost.
+  const F lost = e - (above - 1.0f);
+  below = fma(below, fma(-below, above, splat<F>(1.0f)) - below * lost, below);
   const F square = y * y;
   F series = fma(square, splat<F>(-929569.0f / 638512875.0f), splat<F>(21844.0f / 6081075.0f));
   series = fma(square, series, splat<F>(-1382.0f / 155925.0f));
@@ -71,9 +78,22 @@ RLHF_HD Capped<F> softcapped(F z, float cap) {
   series = fma(square, series, splat<F>(2.0f / 15.0f));
   series = fma(square, series, splat<F>(-1.0f / 3.0f));
   const F small = fma(y * square, series, y);
-  const F large = (splat<F>(1.0f) - e) * below;
+  const F large = fma(e * -2.0f, below, splat<F>(1.0f));
   const F tanh = size < 0.5f ? small : (y < 0.0f ? -large : large);
   return {z == -kInfinity ? z : tanh * cap, e * 4.0f * below * below};
 }
+
+#if !defined(__CUDACC__) && !defined(__FMA__)
+// Without fused multiply-adds the steps above lose too much: number by number in double.
+inline Capped<Vec> softcapped(Vec z, float cap) {
+  Capped<Vec> out;
+  for (int i = 0; i < W; ++i) {
+    const double tanh = std::tanh(z[i] / static_cast<double>(cap));
+    out.value[i] = z[i] == -kInfinity ? z[i] : static_cast<float>(cap * tanh);
+    out.slope[i] = static_cast<float>(1.0 - tanh * tanh);
+  }
+  return out;
+}
+#endif
 
 }  // namespace rlhf::RLHF_ISA
