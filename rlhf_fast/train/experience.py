@@ -1,0 +1,174 @@
+"""What PPO learns from: prompts, sampled responses, their scores, log-probs and values."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+import rlhf_fast
+from rlhf_fast.train import batches
+from rlhf_fast.train.config import Config
+from rlhf_fast.train.models import at_last_token, positions
+
+Gold = Callable[[str, str, bool], float]
+
+
+@dataclass
+class Experience:
+    """A rollout of N responses of at most T tokens behind prompts of at most S.
+
+    `sequence` is prompts (padded on the left) and responses (padded on the right); the [N, T]
+    tensors belong to the responses, and are 0 where `mask` is.
+    """
+
+    sequence: torch.Tensor  # [N, S + T] ids
+    sequence_mask: torch.Tensor  # [N, S + T] bool
+    ids: torch.Tensor  # [N, T]
+    mask: torch.Tensor  # [N, T] bool
+    finished: torch.Tensor  # [N] bool: ended with EOS
+    scores: torch.Tensor  # [N] of the reward model, less the penalty of an unfinished response
+    logprob: torch.Tensor  # [N, T] under the policy that sampled
+    entropy: torch.Tensor  # [N, T]
+    ref_logprob: torch.Tensor  # [N, T] under the reference
+    values: torch.Tensor  # [N, T]; 0 without a value model
+    sampled_logprob: torch.Tensor  # [N, T] as the sampler saw it
+    advantages: torch.Tensor | None = None  # [N, T]
+    returns: torch.Tensor | None = None  # [N, T]
+    kl: torch.Tensor | None = None  # [N, T]
+
+    def __len__(self) -> int:
+        return self.sequence.shape[0]
+
+    def take(self, rows: torch.Tensor) -> Experience:
+        """Some of the rows."""
+        return Experience(*(None if x is None else x[rows] for x in self._tensors()))
+
+    def chunks(self, size: int) -> Iterator[Experience]:
+        """Consecutive pieces of `size` rows."""
+        for first in range(0, len(self), size):
+            yield self.take(torch.arange(first, min(first + size, len(self))))
+
+    def _tensors(self) -> Iterator[torch.Tensor | None]:
+        return (getattr(self, field.name) for field in fields(self))
+
+
+def gold_function(config: Config) -> Gold | None:
+    """The function that `gold` names: module:function(prompt, response, finished)."""
+    if not config.gold:
+        return None
+    module, _, name = config.gold.partition(":")
+    function = getattr(importlib.import_module(module), name, None) if name else None
+    if not callable(function):
+        raise ValueError(f"gold: expected module:function, got {config.gold!r}")
+    return function
+
+
+def response_logprobs(
+    model: Any, part: Experience, temperature: float, *, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(log-probs [N, T], entropies [N, T] or None) of the responses, in nats.
+
+    Only the logits that predict a response token are computed: never [N, S + T, V].
+    """
+    length = part.ids.shape[1]
+    logits = model(
+        input_ids=part.sequence,
+        attention_mask=part.sequence_mask,
+        position_ids=positions(part.sequence_mask),
+        logits_to_keep=length + 1,
+        use_cache=False,
+    ).logits[:, :-1]
+    options = {"temperature": temperature, "mask": part.mask}
+    if entropy:
+        return rlhf_fast.logprob_entropy(logits, part.ids, **options)
+    return rlhf_fast.logprob(logits, part.ids, **options), None
+
+
+def response_values(model: Any, part: Experience) -> torch.Tensor:
+    """Values [N, T] of the states in which the response tokens are chosen."""
+    length = part.ids.shape[1]
+    values = model(part.sequence, part.sequence_mask)[:, -length - 1 : -1]
+    return torch.where(part.mask, values, 0.0)
+
+
+class Actors:
+    """The four models of PPO; each sees the tokens of one tokenizer. `value` may be None."""
+
+    def __init__(
+        self, config: Config, tokenizer: Any, policy: Any, reference: Any, reward: Any, value: Any
+    ) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.policy, self.reference, self.reward, self.value = policy, reference, reward, value
+        self.gold = gold_function(config)
+
+    @torch.no_grad()
+    def collect(self, prompts: list[str], seed: int, device: torch.device) -> Experience:
+        """Sample one or more responses to each prompt and look at them with every model."""
+        config = self.config
+        encoded = [batches.encode_prompt(self.tokenizer, config, p) for p in prompts]
+        out = rlhf_fast.generate(
+            self.policy,
+            [torch.tensor(ids, device=device) for ids in encoded],
+            n=config.samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            eos_ids=(self.tokenizer.eos_token_id,),
+            seed=seed,
+            max_slots=config.max_slots,
+        )
+        mask = out.mask.bool()
+        zeros = torch.zeros_like(out.logprob)
+        finished = [reason == "eos" for reason in out.finish_reason]
+        whole = Experience(
+            sequence=torch.cat((out.prompt_ids, out.ids), 1),
+            sequence_mask=torch.cat((out.prompt_mask.bool(), mask), 1),
+            ids=out.ids,
+            mask=mask,
+            finished=torch.tensor(finished, device=device),
+            scores=zeros[:, 0],
+            logprob=zeros,
+            entropy=zeros,
+            ref_logprob=zeros,
+            values=zeros,
+            sampled_logprob=out.logprob,
+        )
+        seen = [self._look(part) for part in whole.chunks(config.micro_batch)]
+        scores, *tokens = (torch.cat(columns) for columns in zip(*seen, strict=True))
+        whole.scores = scores - config.missing_eos_penalty * (~whole.finished)
+        whole.logprob, whole.entropy, whole.ref_logprob, whole.values = tokens
+        return whole
+
+    def _look(self, part: Experience) -> tuple[torch.Tensor, ...]:
+        """(scores, logprob, entropy, ref_logprob, values) of some rows."""
+        t = self.config.temperature
+        scores = at_last_token(self.reward(part.sequence, part.sequence_mask), part.sequence_mask)
+        logprob, entropy = response_logprobs(self.policy, part, t, entropy=True)
+        ref_logprob, _ = response_logprobs(self.reference, part, t, entropy=False)
+        values = torch.zeros_like(logprob)
+        if self.value is not None:
+            values = response_values(self.value, part)
+        return scores, logprob, entropy, ref_logprob, values
+
+    def texts(self, experience: Experience) -> list[str]:
+        """The responses as text."""
+        return [
+            self.tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(experience.ids, experience.mask, strict=True)
+        ]
+
+    def gold_scores(self, prompts: list[str], experience: Experience) -> torch.Tensor | None:
+        """The gold rewards [N] of the responses, None where there is no gold reward."""
+        if self.gold is None:
+            return None
+        repeated = [p for p in prompts for _ in range(self.config.samples_per_prompt)]
+        values = [
+            float(self.gold(prompt, text, done))
+            for prompt, text, done in zip(
+                repeated, self.texts(experience), experience.finished.tolist(), strict=True
+            )
+        ]
+        return torch.tensor(values, dtype=torch.float64, device=experience.scores.device)
