@@ -63,19 +63,25 @@ def _check_parameters(temperatures, top_ks, top_ps, min_ps) -> None:
     _refuse("min_p", min_ps, lambda x: (x >= 0) & (x <= 1), "values in [0, 1]")
 
 
+def _first(rows: torch.Tensor) -> int:
+    return int(rows.nonzero()[0])
+
+
 def _check_sample(
     logits, mask, temperature, temperatures, top_k, top_ks, top_p, top_ps, min_p, min_ps, *_
 ) -> None:
     _check_parameters(temperatures, top_ks, top_ps, min_ps)
     top = (logits if mask is None else torch.where(mask, logits, -math.inf)).amax(-1)
-    for bad, problem in (
-        (top.isnan(), "no NaN"),
-        (top == math.inf, "no +inf"),
-        (top == -math.inf, "a token that may be drawn (not -inf, not forbidden)"),
-    ):
+    for bad, what in ((top.isnan(), "NaN"), (top == math.inf, "+inf")):
         if bad.any():
-            row = int(bad.nonzero()[0])
-            raise ValueError(f"logits: expected {problem} in each row, got row {row} otherwise")
+            raise ValueError(
+                f"logits: expected no NaN and no +inf, got {what} in row {_first(bad)}"
+            )
+    if (bad := top == -math.inf).any():
+        raise ValueError(
+            "logits: expected a token that can be drawn in each row, got only -inf or forbidden "
+            f"ones in row {_first(bad)}"
+        )
 
 
 def _check_replay(

@@ -5,7 +5,7 @@ With z the logits (-inf where `logit_mask` forbids a token) and t the temperatur
 
     u = z / t,   m = max u,   e = exp(u - m)
     top-k    keeps u >= the k-th largest u, with all its ties
-    top-p    removes a token when the mass of top-k's tokens at or below its rank is <= 1 - p
+    top-p    removes a token if the mass of top-k's tokens at or below its rank is <= 1 - p
     min-p    keeps e >= min_p
     logprob  = u_y - m - log sum_kept e
     log_mass = log (sum_kept e / sum e)
@@ -15,10 +15,14 @@ Rank is by descending u, among equals by ascending id, and its first token alway
 kept is therefore the beginning of the ranking, and two numbers per row say how far it goes:
 `tau`, the smallest kept u, and `last`, the largest kept id among the tokens that have it.
 
-The two cuts by mass are decided in float64 and compared in the arithmetic's type, as Hugging Face's
-processors compare in theirs: exact ties of mass (ten equal logits at p = 0.9) are then the same
-everywhere, and implementations differ at most where a mass lies within 1e-15 of a midpoint between
-two floats.
+Cuts by mass go by probabilities rounded to the arithmetic's type, summed in float64 and compared in
+that type again, which is where Hugging Face's processors round: equal logits are then cut as there
+(30 of them at p = 0.9 leave 28). With everything else in float64, implementations differ at most
+where a number lies within 1e-15 of a midpoint between two floats. In float32:
+
+    q_v = float32(e_v / sum e)                                        over top-k's tokens
+    top-p removes v unless it ranks first, if float32(sum of q ranked at or below v) <= float32(1 - p)
+    min-p keeps v if float32(e_v) >= float32(min_p)
 
 The draw is an exponential race (Gumbel's trick without the second logarithm): the kept token with
 the smallest r wins, the lowest id on a tie.
@@ -178,23 +182,28 @@ def _ranked(u: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values, ids.gather(-1, order)
 
 
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype).double()
+
+
 def _top_p(
     u: torch.Tensor, top: torch.Tensor, tau: torch.Tensor, top_p: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tau, last) after top-p among the tokens with u >= tau."""
     vocabulary = u.shape[-1]
+
     inside = (u >= tau) & (u > -torch.inf)
-    total = _row_sums(torch.where(inside, _shifted(u.double(), top.double()).exp(), 0.0))
+    e = _shifted(u.double(), top.double()).exp()
+    total = _row_sums(torch.where(inside, e, 0.0))
+    whole = _row_sums(torch.where(inside, _rounded(e / total, u.dtype), 0.0))
+    off, limit = top_p == 1, (1 - top_p).to(u.dtype)
     widest = vocabulary if u.is_cuda else int(inside.sum(-1).max())
     width = widest if u.is_cuda else min(widest, _HEAD)
-    off = top_p == 1
     while True:
         values, ids = _ranked(u, width)
-        inside = values >= tau
-        e = torch.where(inside, _shifted(values.double(), top.double()).exp(), 0.0)
-        mass = e.cumsum(-1)
-        below = 1 - torch.cat((torch.zeros_like(total), mass[:, :-1]), -1) / total
-        kept = inside & (below.to(u.dtype) > (1 - top_p).to(u.dtype))
+        q = _rounded(_shifted(values.double(), top.double()).exp() / total, u.dtype)
+        above = q.cumsum(-1) - q
+        kept = (values >= tau) & ((whole - above).to(u.dtype) > limit)
         kept[:, 0] = True
         end = kept.sum(-1, keepdim=True) - 1
         cut = values.gather(-1, end)
@@ -301,7 +310,7 @@ def sample(
     seeds = torch.full_like(ids, seed) if seeds is None else seeds
     positions = torch.full_like(ids, position) if positions is None else positions
     for block in _blocks(rows, vocabulary):
-        z, at = logits[block].to(dtype), settings.rows(block)
+        z, at = logits[block].to(dtype).contiguous(), settings.rows(block)
         if logit_mask is not None:
             z = torch.where(logit_mask[block], z, -torch.inf)
         u, top = _tempered(z, at.temperature)
@@ -348,7 +357,7 @@ def replay_logprob(
     )
     for block in _blocks(rows, vocabulary):
         at = settings.rows(block)
-        u, top = _tempered(logits[block].to(dtype), at.temperature)
+        u, top = _tempered(logits[block].to(dtype).contiguous(), at.temperature)
         tau[block], last[block] = _cut(u, top, at)
         kept = _kept(u, tau[block], last[block])
         d = _shifted(u, top)
@@ -387,7 +396,7 @@ def replay_logprob_backward(
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for block in _blocks(len(logits), vocabulary):
         g, h, y, cut, end, part, whole = (x[block] for x in columns)
-        u, top = _tempered(logits[block].to(dtype), t[block])
+        u, top = _tempered(logits[block].to(dtype).contiguous(), t[block])
         kept, d = _kept(u, cut, end), _shifted(u, top)
         logprob = _logprob(d, top, kept, part, y)
         g = torch.where(logprob == -torch.inf, 0.0, g)
