@@ -1,6 +1,7 @@
 """What `sample` and `replay_logprob` keep and say about it: Hugging Face's processors, float64.
 
-The draws themselves (Philox, frequencies, tails) are in test_sample_draws.py.
+Gradients are in test_sample_replay.py, the draws (Philox, frequencies, tails) in
+test_sample_draws.py.
 """
 
 import importlib
@@ -10,13 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList
-from transformers.generation import (
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 import rlhf_fast
 from rlhf_fast.testing import (
@@ -28,17 +22,7 @@ from rlhf_fast.testing import (
     randn,
     usable_backends,
 )
-
-INF = math.inf
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-PARAMETERS = (
-    {},
-    {"temperature": 0.7},
-    {"top_k": 5},
-    {"top_p": 0.8},
-    {"min_p": 0.1},
-    {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
-)
+from tests.sample_truth import FLOATS, INF, PARAMETERS, hugging_face, replay_all, truth
 
 
 def _device(request):
@@ -48,66 +32,6 @@ def _device(request):
 
 sampler = pytest.fixture(params=usable_backends("sample"))(_device)
 replayer = pytest.fixture(params=usable_backends("replay_logprob"))(_device)
-
-
-def hugging_face(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Scores after Hugging Face's processors, in the logits' dtype; -inf where a token went."""
-    processors = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
-    if top_k:
-        processors.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        processors.append(TopPLogitsWarper(top_p))
-    if min_p > 0:
-        processors.append(MinPLogitsWarper(min_p))
-    return processors(None, logits)
-
-
-def replay_all(logits, **parameters):
-    """[N, V] the replayed log-prob of every token of every row, and the log-mass of each row."""
-    rows, vocabulary = logits.shape
-    ids = torch.arange(vocabulary, device=logits.device).expand(rows, -1)
-    every = logits.unsqueeze(1).expand(rows, vocabulary, vocabulary)
-    logprob, log_mass = rlhf_fast.replay_logprob(every, ids, **parameters)
-    assert (log_mass == log_mass[:, :1]).all()
-    return logprob, log_mass[:, 0]
-
-
-def truth_of_row(row, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """(log q of every token, log-mass, entropy) of one row of numbers, by the definition."""
-    if temperature == 0:
-        best = row.index(max(row))
-        return [0.0 if v == best else -INF for v in range(len(row))], 0.0, 0.0
-    u = [z / temperature for z in row]
-    weight = [math.exp(x - max(u)) for x in u]
-    ranking = sorted((v for v in range(len(u)) if u[v] > -INF), key=lambda v: (-u[v], v))
-    if 0 < top_k < len(row) and top_k < len(ranking):
-        edge = u[ranking[top_k - 1]]
-        ranking = [v for v in ranking if u[v] >= edge]
-    if top_p < 1:
-        whole, mass, nucleus = math.fsum(weight[v] for v in ranking), 0.0, []
-        for v in ranking:
-            nucleus.append(v)
-            mass += weight[v]
-            if mass >= top_p * whole:
-                break
-        ranking = nucleus
-    ranking = [v for v in ranking if weight[v] >= min_p]
-    total, part = math.fsum(weight), math.fsum(weight[v] for v in ranking)
-    logq = [-INF] * len(row)
-    for v in ranking:
-        logq[v] = u[v] - max(u) - math.log(part)
-    p = [w / total for w in weight]
-    entropy = -math.fsum(x * math.log(x) for x in p if x > 0)
-    return logq, math.log(part / total), entropy
-
-
-def truth(logits, **parameters):
-    """`truth_of_row` for [N, V] logits, as float64 tensors; parameters may be tensors [N]."""
-    rows = []
-    for n, row in enumerate(logits.double().tolist()):
-        mine = {k: x[n].item() if torch.is_tensor(x) else x for k, x in parameters.items()}
-        rows.append(truth_of_row(row, **mine))
-    return tuple(torch.tensor(x, dtype=torch.float64) for x in zip(*rows, strict=True))
 
 
 # ------------------------------------------------------------------------- values against truth
@@ -369,97 +293,3 @@ def test_rows_without_a_token():
         logits, mask, 1.0, None, 1, None, 0.9, None, 0.1, None, 0, None, 0, None
     )  # fmt: skip
     assert [x.tolist() for x in out] == [[-1, -1, 0], [-INF, -INF, 0], [0, 0, 0], [0, 0, 0]]
-
-
-# ------------------------------------------------------------------------------------- gradients
-
-
-@pytest.mark.parametrize("parameters", PARAMETERS)
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_gradient_of_replay(replayer, parameters, dtype):
-    logits = (2 * randn(3, 4, 50, seed=9)).to(dtype)
-    flat = logits.flatten(0, 1)
-    kept = replay_all(flat, **parameters)[0] > -INF
-    ids = torch.where(kept, torch.rand(kept.shape), -1.0).argmax(-1)
-    g, h = randn(3, 4, seed=1), randn(3, 4, seed=2)
-    x = logits.clone().to(replayer).requires_grad_()
-    with poisoned_memory():
-        logprob, log_mass = rlhf_fast.replay_logprob(x, ids.view(3, 4).to(replayer), **parameters)
-        ((logprob * g.to(replayer)).sum() + (log_mass * h.to(replayer)).sum()).backward()
-
-    def through_autograd(z):
-        u = z / parameters.get("temperature", 1.0)
-        inside = u.masked_fill(~kept, -INF)
-        mass = inside.logsumexp(-1) - u.logsumexp(-1)
-        lp = inside.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
-        ((lp * g.flatten()).sum() + (mass * h.flatten()).sum()).backward()
-        return z.grad.view(logits.shape)
-
-    true = through_autograd(flat.double().requires_grad_())
-    plain = through_autograd(flat.float().requires_grad_())
-    assert x.grad.dtype == dtype
-    assert_accurate("gradient", x.grad, true.to(dtype).double(), plain.to(dtype))
-
-
-def test_gradcheck_of_the_reference():
-    logits = randn(2, 3, 7, seed=10, dtype=torch.float64).requires_grad_()
-    ids = logits.detach().argsort(-1, descending=True)[..., 1]
-    for parameters in PARAMETERS[:-1]:
-        assert torch.autograd.gradcheck(
-            lambda x, p=parameters: rlhf_fast.replay_logprob(x, ids, **p), (logits,)
-        )
-
-
-def test_no_gradient_outside_the_kept_set(replayer):
-    logits = torch.tensor(
-        [[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, -INF, 0.0], [-INF] * 4], device=replayer
-    ).requires_grad_()
-    ids = torch.tensor([3, 2, 0], device=replayer)
-    logprob, log_mass = rlhf_fast.replay_logprob(logits, ids, top_k=2)
-    assert (logprob == -INF).all()
-    logprob.backward(torch.tensor([1.0, math.nan, INF], device=replayer), retain_graph=True)
-    assert not logits.grad.any()
-    log_mass.sum().backward()
-    assert logits.grad[:2].any(-1).all() and not logits.grad[2].any()
-    assert logits.grad.isfinite().all() and logits.grad[1, 2] == 0
-
-
-def test_upstream_gradients_and_double_backward(replayer):
-    logits = randn(4, 20, seed=11).to(replayer).requires_grad_()
-    ids = logits.argmax(-1).int()
-    options = {"top_k": torch.tensor(5), "temperature": torch.ones(1).requires_grad_()}
-    logprob, log_mass = rlhf_fast.replay_logprob(logits[:, :19], ids.clamp(max=18), **options)
-    logprob.sum().backward(retain_graph=True)  # a stride-0 upstream gradient
-    first = logits.grad.clone()
-    logprob.backward(torch.ones_like(logprob), retain_graph=True)
-    assert_same_bits("twice", logits.grad, 2 * first)
-    (grad,) = torch.autograd.grad(log_mass.sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        grad.sum().backward()
-
-
-def test_parameters_broadcast_to_ids(replayer):
-    logits = randn(3, 4, 20, seed=12).to(replayer)
-    ids = logits.argmax(-1)
-    per_row = torch.tensor([0.5, 1.0, 2.0], device=replayer).view(3, 1)
-    per_column = torch.tensor([0, 3, 5, 50], device=replayer)
-    logprob, log_mass = rlhf_fast.replay_logprob(
-        logits, ids, temperature=per_row, top_k=per_column, min_p=torch.tensor(0.25)
-    )
-    for i in range(3):
-        for j in range(4):
-            alone = rlhf_fast.replay_logprob(
-                logits[i, j], ids[i, j], temperature=per_row[i].item(),
-                top_k=per_column[j].item(), min_p=0.25,
-            )  # fmt: skip
-            assert_same_bits("logprob", logprob[i, j], alone[0])
-            assert_same_bits("log_mass", log_mass[i, j], alone[1])
-    empty = rlhf_fast.replay_logprob(logits[:0], ids[:0], temperature=torch.ones(1, 4), top_k=3)
-    assert [x.shape for x in empty] == [(0, 4)] * 2
-
-
-def test_replay_lets_nan_through(replayer):
-    logits = torch.tensor([[0.0, math.nan], [INF, 0.0], [0.0, 1.0]], device=replayer)
-    for top_k in (0, 1):
-        logprob, log_mass = rlhf_fast.replay_logprob(logits, torch.ones(3).long(), top_k=top_k)
-        assert logprob.isnan().tolist() == log_mass.isnan().tolist() == [True, True, False]
