@@ -164,8 +164,9 @@ class Rollout:
             )  # fmt: skip
             loop.run()
         longest = max(loop.lengths.tolist(), default=0)
-        ids, *scores = (
-            x[:, :longest].clone() for x in (loop.ids, loop.logprob, loop.log_mass, loop.entropy)
+        ids = loop.ids[:, :longest].clone()
+        logprob, log_mass, entropy = (
+            x[:, :longest].clone() for x in (loop.logprob, loop.log_mass, loop.entropy)
         )
         mask = torch.arange(longest, device=eos.device) < loop.lengths[:, None]
         last = ids.gather(1, (loop.lengths - 1)[:, None]) if prompts else ids
@@ -173,9 +174,11 @@ class Rollout:
         finish = ["eos" if e else "length" for e in ended]
         # A greedy draw has log-prob 0 whatever the forward says.
         if logprobs == "rescore" and sampling["temperature"] > 0 and prompts:
-            scores = rescore(self.model, prompt_ids, prompt_mask, ids, mask, scores[1], sampling)
+            logprob, log_mass, entropy = rescore(
+                self.model, prompt_ids, prompt_mask, ids, mask, log_mass, sampling
+            )
         return RolloutOutput(
-            ids, mask, loop.lengths, *scores, finish, prompt_ids, prompt_mask,
+            ids, mask, loop.lengths, logprob, log_mass, entropy, finish, prompt_ids, prompt_mask,
             seconds=0.0, tokens_per_second=0.0,
         )  # fmt: skip
 

@@ -29,7 +29,7 @@ class Loop:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         prompts: list[torch.Tensor],
         seeds: torch.Tensor,
         eos_ids: torch.Tensor,

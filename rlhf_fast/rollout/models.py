@@ -47,7 +47,8 @@ def check_model(model: Any) -> None:
             f"model: {name} (model_type {config.model_type!r}) is not among the families whose "
             f"attention rollouts drive exactly: {', '.join(FAMILIES)}"
         )
-    if not isinstance(model, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]):
+    causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not isinstance(model, causal_lm):
         raise NotImplementedError(
             f"model: {name} is not transformers' causal LM of model_type {config.model_type!r}"
         )

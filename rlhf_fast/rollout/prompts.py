@@ -35,9 +35,10 @@ def _unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
 
 def as_prompts(prompts: Prompts, vocabulary: int, device: torch.device) -> list[torch.Tensor]:
     """`prompts` as a list of 1-D int64 tensors on `device`, none of them empty, ids in range."""
-    pair = isinstance(prompts, tuple) and len(prompts) == 2 and all(map(torch.is_tensor, prompts))
-    if pair and prompts[0].ndim == 2:
-        prompts = _unpad(*prompts)
+    if isinstance(prompts, tuple) and len(prompts) == 2:
+        ids, mask = prompts
+        if isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor) and ids.ndim == 2:
+            prompts = _unpad(ids, mask)
     if isinstance(prompts, str | bytes | dict) or not isinstance(prompts, Iterable):
         raise TypeError(
             "prompts: expected a list of token id lists or 1-D tensors, or (ids[B, S], mask[B, S]),"

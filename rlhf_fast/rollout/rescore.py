@@ -47,7 +47,10 @@ def rescore(
             logits_to_keep=ids.shape[1] + 1, use_cache=False, return_dict=True,
         ).logits[:, :-1]  # fmt: skip
         parts.append(_score(logits, ids[part], mask[part], log_mass[part], sampling))
-    return tuple(torch.cat(columns).float() for columns in zip(*parts, strict=True))
+    logprob, log_mass, entropy = (
+        torch.cat(columns).float() for columns in zip(*parts, strict=True)
+    )
+    return logprob, log_mass, entropy
 
 
 def _score(logits, ids, mask, drawn_mass, sampling) -> tuple[torch.Tensor, ...]:

@@ -58,6 +58,8 @@ class SlotLayer(CacheLayerMixin):
     """The keys and values of one layer: `[slots, key heads, columns, head size]`, from zeros."""
 
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, cache: SlotCache):
         super().__init__()
@@ -104,14 +106,16 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """`slots` x `columns` tokens for each layer of a model, and the step that is running."""
 
+    step: Step
+
     def __init__(self, layers: int, slots: int, columns: int):
         self.slots, self.columns = slots, columns
-        self.step: Step | None = None
-        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+        self.slot_layers = [SlotLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self.slot_layers))
 
     def move(self, source: int, target: int) -> None:
         """Put what slot `source` holds into slot `target`."""
-        for layer in self.layers:
+        for layer in self.slot_layers:
             layer.move(source, target)
 
 
