@@ -114,6 +114,12 @@ def test_numbers_that_cannot_be_drawn_are_left_out(tmp_path):
     page_of(tmp_path)
 
 
+def test_steps_are_not_rounded(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 2}, {"step": 123457, "loss": 1.0}])
+    texts = page_of(tmp_path).texts
+    assert "steps 1 to 123457" in texts and "1 (step 123457)" in texts
+
+
 def test_one_line_and_nothing_at_all(tmp_path):
     page = page_of(tmp_path)
     assert not page.images and "no metrics yet" in page.texts

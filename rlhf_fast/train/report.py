@@ -214,11 +214,15 @@ def over_optimisation(series: dict[str, Series]) -> bytes | None:
     if not names:
         return None
     figure, axes = _figure(len(names))
+    steps = [step for name in names for _, _, step in rows[name]]
     dots = None
     for axis, name in zip(axes, names, strict=True):
         if rows[name]:
             x, y, step = zip(*rows[name], strict=True)
-            dots = axis.scatter(x, y, c=step, s=9, cmap="viridis", label="rollouts")
+            dots = axis.scatter(
+                x, y, c=step, vmin=min(steps), vmax=max(steps), s=9, cmap="viridis",
+                label="rollouts",
+            )  # fmt: skip
         if len(rows[name]) >= 20:
             mean = _running_mean(rows[name])
             axis.plot(*mean, color="#222222", linewidth=1.8, label="rollouts, running mean")
@@ -229,7 +233,7 @@ def over_optimisation(series: dict[str, Series]) -> bytes | None:
         axis.legend(frameon=False, fontsize=8.5)
     axes[0].set_title("Over-optimisation: reward against sqrt(KL)", loc="left", fontsize=11)
     axes[-1].set_xlabel("sqrt(KL to the reference), KL in nats per sequence", fontsize=9)
-    if dots is not None and dots.get_array().min() < dots.get_array().max():
+    if dots is not None and min(steps) < max(steps):
         bar = figure.colorbar(dots, ax=axes, pad=0.01, aspect=40)
         bar.set_label("step", fontsize=9)
         bar.ax.tick_params(labelsize=8.5)
@@ -254,7 +258,9 @@ pre { font-size: 12.5px; line-height: 1.4; background: #f6f6f6; padding: 0.8rem;
 
 
 def _format(value: Any) -> str:
-    return f"{value:.5g}" if _number(value) else html.escape(str(value))
+    if _number(value) and isinstance(value, float):
+        return f"{value:.5g}"
+    return "" if value is None else html.escape(str(value))
 
 
 def _table(head: dict[str, str], rows: list[list[str]]) -> str:
@@ -292,7 +298,7 @@ def _samples(path: Path) -> str:
     for prompt in list(by_step[last])[:SAMPLES]:
         for step in sorted({first, last}):
             if sample := by_step[step].get(prompt):
-                scores = [_format(sample.get(key, "")) for key in ("score", "gold")]
+                scores = [_format(sample.get(key)) for key in ("score", "gold")]
                 text = html.escape(str(sample.get("response", "")))
                 rows.append([html.escape(prompt), _format(step), text, *scores])
     head = {"prompt": "text", "step": "number", "response": "text"}
