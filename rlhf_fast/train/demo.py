@@ -29,6 +29,31 @@ from rlhf_fast.train.models import load_causal_lm, load_tokenizer
 COMPLETIONS = 4  # K of the ranked completions
 RANKED_PROMPTS = 1000
 GOLD = "rlhf_fast.train.corpus:gold"
+COMMON = {
+    "max_prompt_tokens": 40,
+    "max_response_tokens": 64,
+    "max_new_tokens": 64,
+    "save_every": 100,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "base": {
+        "steps": 150, "batch_size": 32, "micro_batch": 32, "learning_rate": 3e-3,
+        "warmup_steps": 20, "eval_batches": 4,
+    },
+    "sft": {
+        "steps": 200, "batch_size": 32, "micro_batch": 32, "learning_rate": 2e-3,
+        "warmup_steps": 10, "eval_batches": 16,
+    },
+    "reward": {
+        "steps": 60, "batch_size": 25, "micro_batch": 25, "learning_rate": 1e-3,
+        "warmup_steps": 5, "eval_batches": 16,
+    },
+    "ppo": {
+        "steps": 25, "batch_size": 64, "micro_batch": 32, "learning_rate": 3e-4,
+        "schedule": "linear", "adam_eps": 1e-5, "ppo_epochs": 2, "minibatches": 2,
+        "kl_coef": 0.03, "ptx_coef": 0.1, "ptx_batch": 16, "eval_batches": 4,
+    },
+}  # fmt: skip
 
 
 def write_records(path: Path, rows: Sequence[dict[str, Any]]) -> str:
@@ -37,7 +62,7 @@ def write_records(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def new_model(folder: Path) -> None:
-    """A Llama of 1.5 million random weights and a tokenizer of 1024 tokens, trained on the text."""
+    """A Llama with 1.5 million random weights; its tokenizer of 1024 tokens knows the text."""
     tokenizer = corpus.tokenizer(corpus.text().splitlines(), 1024)
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -78,10 +103,19 @@ def rank_completions(config: Config, model: str, prompts: Sequence[str]) -> list
             own = range(i * COMPLETIONS, (i + 1) * COMPLETIONS)
             golds = [corpus.gold(prompt, texts[j], out.finish_reason[j] == "eos") for j in own]
             ranks = [sum(other > gold + 1e-9 for other in golds) for gold in golds]
-            rows.append(
-                {"prompt": prompt, "completions": [texts[j] for j in own], "ranks": ranks}
-            )
+            rows.append({"prompt": prompt, "completions": [texts[j] for j in own], "ranks": ranks})
     return rows
+
+
+def write_data(config: Config, files: Path) -> tuple[list[Record], list[Record]]:
+    """The corpus as files that any stage reads; its records."""
+    files.mkdir(parents=True, exist_ok=True)
+    sides = corpus.records(config.seed)
+    for name, records in zip(("instructions", "held_out"), sides, strict=True):
+        rows = [{"instruction": r.prompt, "response": r.best} for r in records]
+        write_records(files / f"{name}.jsonl", rows)
+    (files / "text.txt").write_text(corpus.text())
+    return sides
 
 
 def run(config: Config) -> bool:
@@ -91,62 +125,41 @@ def run(config: Config) -> bool:
     torch.manual_seed(config.seed)
     output = Path(config.output)
     files = output / "data"
-    files.mkdir(parents=True, exist_ok=True)
 
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - start:4.0f} s] {text}", flush=True)
 
-    def steps(usual: int) -> int:
-        return min(usual, config.steps or usual)
+    def stage(name: str, **options: Any) -> Config:
+        found = replace(config, output=str(output / name), **COMMON, **SETTINGS[name], **options)
+        short = config.steps and {"steps": min(config.steps, found.steps), "eval_batches": 1}
+        return replace(found, **short) if short else found
 
-    train, held_out = corpus.records(config.seed)
+    def data(name: str) -> str:
+        return str(files / name)
+
+    train, held_out = write_data(config, files)
     say(f"{len(train)} docstrings to learn from, {len(held_out)} held out")
-    text = files / "text.txt"
-    text.write_text(corpus.text())
-    rows = [[{"instruction": r.prompt, "response": r.best} for r in part] for part in (train, held_out)]
-    instructions = write_records(files / "instructions.jsonl", rows[0])
-    unseen = write_records(files / "held_out.jsonl", rows[1])
     new_model(output / "new")
-    shared = replace(
-        config, steps=0, max_prompt_tokens=40, max_response_tokens=64, max_new_tokens=64, eval_batches=16,
-        save_every=1000,
-    )  # fmt: skip
-
     say("base model: plain text")
-    base = sft.train(replace(
-        shared, output=str(output / "base"), model=str(output / "new"), data=str(text), data_format="text",
-        steps=steps(300), batch_size=32, micro_batch=32, learning_rate=3e-3, warmup_steps=20, eval_batches=4,
-    ))  # fmt: skip
-
+    text = {"data": data("text.txt"), "data_format": "text"}
+    base = sft.train(stage("base", model=str(output / "new"), **text))
     say("supervised fine-tuning: signatures to docstrings")
-    tuned = sft.train(replace(
-        shared, output=str(output / "sft"), model=str(output / "base"), data=instructions, eval_data=unseen,
-        steps=steps(300), batch_size=32, micro_batch=32, learning_rate=2e-3, warmup_steps=10,
-    ))  # fmt: skip
-
+    examples = {"data": data("instructions.jsonl"), "eval_data": data("held_out.jsonl")}
+    tuned = sft.train(stage("sft", model=str(output / "base"), **examples))
     say(f"ranking {COMPLETIONS} completions each by the gold reward")
-    prompts = [record.prompt for record in train[:RANKED_PROMPTS]]
-    unseen_prompts = [record.prompt for record in held_out]
     model = str(output / "sft")
-    ranked, ranked_unseen = (
-        write_records(files / name, rank_completions(shared, model, part))
-        for name, part in (("ranked.jsonl", prompts), ("ranked_held_out.jsonl", unseen_prompts))
-    )
-
+    for name, records in (("ranked.jsonl", train), ("ranked_held_out.jsonl", held_out)):
+        prompts = [record.prompt for record in records[: 25 * config.steps or RANKED_PROMPTS]]
+        write_records(files / name, rank_completions(stage("sft"), model, prompts))
     say("reward model")
-    judged = reward.train(replace(
-        shared, output=str(output / "reward"), model=model, data=ranked, eval_data=ranked_unseen,
-        steps=steps(80), batch_size=25, micro_batch=25, learning_rate=1e-3, warmup_steps=5,
-    ))  # fmt: skip
-
+    ranked = {"data": data("ranked.jsonl"), "eval_data": data("ranked_held_out.jsonl")}
+    judged = reward.train(stage("reward", model=model, **ranked))
     say("PPO-ptx against the reward model")
-    improved = ppo.train(replace(
-        shared, output=str(output / "ppo"), model=model, reward_model=str(output / "reward"),
-        data=instructions, eval_data=unseen, pretraining_data=str(text), gold=GOLD,
-        steps=steps(40), batch_size=64, micro_batch=32, learning_rate=3e-4, schedule="linear", adam_eps=1e-5,
-        ppo_epochs=2, minibatches=2, kl_coef=0.03, ptx_coef=0.1, ptx_batch=16, eval_batches=4,
-    ))  # fmt: skip
-    say("done; each op of the loop on tensors of this run, against plain PyTorch:")
+    judge = {"reward_model": str(output / "reward"), "gold": GOLD}
+    improved = ppo.train(
+        stage("ppo", model=model, pretraining_data=data("text.txt"), **judge, **examples)
+    )
+    say("done. Each op of the loop on tensors of this run, beside plain PyTorch:")
     print(ops.table(output))
     return summary(base, tuned, judged, improved)
 

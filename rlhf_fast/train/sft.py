@@ -62,6 +62,9 @@ def train(config: Config) -> dict[str, float]:
     eval_examples = batches.examples(tokenizer, config, held_out)
     if not examples:
         raise ValueError(f"data: expected records with a response, got none in {config.data}")
+    if not eval_examples:  # a text is one record: its last blocks are held out
+        kept = len(examples) - int(config.eval_fraction * len(examples))
+        examples, eval_examples = examples[:kept], examples[kept:]
     steps = epochs_to_steps(config, len(examples))
     order = batches.Order(len(examples), config.seed)
     (model,), optimizer = run.prepare(model)
