@@ -43,7 +43,7 @@ class Loop:
         self.slots, self.max_new_tokens = min(slots, len(prompts)), max_new_tokens
         self.sampling, self.on_finish = sampling, on_finish
         device = seeds.device
-        columns = max(len(p) for p in prompts) + max_new_tokens
+        columns = max(map(len, prompts), default=0) + max_new_tokens
         self.cache = SlotCache(model.config.num_hidden_layers, self.slots, columns)
         # Renamed from past_key_values in transformers 5.24.
         names = inspect.signature(type(model).forward).parameters
