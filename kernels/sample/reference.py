@@ -45,9 +45,13 @@ _HEAD = 1024
 
 
 class _Settings(NamedTuple):
-    """The parameters as columns [N, 1]; None where a filter is off in every row."""
+    """The parameters as columns [N, 1]; None for what is off in every row.
+
+    Greedy rows have temperature 1 and `greedy` set.
+    """
 
     temperature: torch.Tensor
+    greedy: torch.Tensor | None
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
     min_p: torch.Tensor | None
@@ -67,8 +71,11 @@ def _settings(
         return values.reshape(rows, 1).to(dtype)
 
     no_k = top_ks is None and not 0 < top_k < vocabulary
+    t = column(temperature, temperatures, compute_dtype(logits.dtype))
+    greedy = t == 0 if temperatures is not None or temperature == 0 else None
     return _Settings(
-        column(temperature, temperatures, compute_dtype(logits.dtype)),
+        t if greedy is None else torch.where(greedy, 1.0, t),
+        greedy,
         None if no_k else column(top_k, top_ks, torch.int64),
         None if top_ps is None and top_p == 1 else column(top_p, top_ps, torch.float64),
         None if min_ps is None and min_p == 0 else column(min_p, min_ps, torch.float64),
@@ -85,16 +92,20 @@ def _row_sums(x: torch.Tensor) -> torch.Tensor:
     return x.sum(-1, keepdim=True) if len(x) != 1 else torch.cat((x, x)).sum(-1, keepdim=True)[:1]
 
 
-def _tempered(z: torch.Tensor, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(u [N, V], its row maximum [N, 1]); greedy rows, of temperature 0, are left at 1.
+def _tempered(z: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(u [N, V], its row maximum [N, 1]).
 
     Where a tiny temperature makes the largest quotient overflow, it becomes 0 instead.
     """
-    t = torch.where(temperature == 0, 1.0, temperature)
     top = z.amax(-1, keepdim=True)
     overflows = top.isfinite() & (top / t).isinf()
     u = (z - torch.where(overflows, top, 0.0)) / t
     return u, torch.where(overflows, 0.0, top / t)
+
+
+def _unless(greedy: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """x, and 0 in greedy rows."""
+    return x if greedy is None else torch.where(greedy, 0.0, x)
 
 
 def _kth_largest(u: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
@@ -166,9 +177,9 @@ def _cut(
         floor = torch.where(e >= settings.min_p.to(u.dtype), u, torch.inf).amin(-1, keepdim=True)
         last = torch.where(floor > tau, vocabulary - 1, last)
         tau = torch.maximum(floor, tau)
-    greedy = settings.temperature == 0
-    tau = torch.where(greedy, top, tau)
-    last = torch.where(greedy, u.argmax(-1, keepdim=True), last)
+    if settings.greedy is not None:
+        tau = torch.where(settings.greedy, top, tau)
+        last = torch.where(settings.greedy, u.argmax(-1, keepdim=True), last)
     return tau, torch.where(tau == -torch.inf, -1, last)
 
 
@@ -230,11 +241,10 @@ def sample(
         e = d.exp()
         total, log_sum, log_kept, log_ratio = _normalisers(e, kept)
         mean = _row_sums(torch.where(e == 0, 0.0, e * d)) / total
-        greedy = at.temperature == 0
         ids[block] = y
         logprob[block] = _logprob(d, top, kept, log_kept, y.unsqueeze(-1)).squeeze(-1)
-        log_mass[block] = torch.where(greedy, 0.0, log_ratio).squeeze(-1)
-        entropy[block] = torch.where(greedy, 0.0, log_sum - mean).squeeze(-1)
+        log_mass[block] = _unless(at.greedy, log_ratio).squeeze(-1)
+        entropy[block] = _unless(at.greedy, log_sum - mean).squeeze(-1)
     return ids, logprob, log_mass, entropy
 
 
@@ -273,7 +283,7 @@ def replay_logprob(
         d = shifted(u, top)
         _, log_sum[block], log_kept[block], log_ratio = _normalisers(d.exp(), kept)
         logprob[block] = _logprob(d, top, kept, log_kept[block], ids[block])
-        log_mass[block] = torch.where(at.temperature == 0, 0.0, log_ratio)
+        log_mass[block] = _unless(at.greedy, log_ratio)
     return tuple(x.view(shape) for x in (logprob, log_mass, tau, last, log_kept, log_sum))
 
 
@@ -302,18 +312,18 @@ def replay_logprob_backward(
     logits = logits.reshape(-1, vocabulary)
     columns = (grad_logprob, grad_log_mass, ids.to(torch.int64), tau, last, log_kept, log_sum)
     columns = [x.reshape(-1, 1) for x in columns]
-    t = _settings(logits, temperature, temperatures, 0, None, 1.0, None, 0.0, None).temperature
+    settings = _settings(logits, temperature, temperatures, 0, None, 1.0, None, 0.0, None)
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for block in _blocks(len(logits), vocabulary):
         g, h, y, cut, end, part, whole = (x[block] for x in columns)
-        u, top = _tempered(logits[block].to(dtype).contiguous(), t[block])
+        at = settings.rows(block)
+        u, top = _tempered(logits[block].to(dtype).contiguous(), at.temperature)
         kept, d = _kept(u, cut, end), shifted(u, top)
         logprob = _logprob(d, top, kept, part, y)
         g = torch.where(logprob == -torch.inf, 0.0, g)
-        h = torch.where(t[block] == 0, 0.0, h)
         q = torch.where(kept, (d - part).exp(), 0.0)
         y = y.clamp(0, vocabulary - 1)
         du = torch.scatter(-g * q, -1, y, -g * torch.expm1(logprob))
-        du = du + h * (q - (d - whole).exp())
-        grad[block] = du / torch.where(t[block] == 0, 1.0, t[block])
+        du = du + _unless(at.greedy, h) * (q - (d - whole).exp())
+        grad[block] = du / at.temperature
     return grad.view(shape)
