@@ -28,8 +28,8 @@ T* required(Address address, const char* name) {
 }
 
 void check_positive(int64_t value, const char* name) {
-  RLHF_CHECK(value > 0, std::string(name) + ": expected a positive number, got " +
-                            std::to_string(value));
+  RLHF_CHECK(value > 0,
+             std::string(name) + ": expected a positive number, got " + std::to_string(value));
 }
 
 // (logits, dtype, rows, vocabulary, inner, stride_outer, stride_inner, ids, mask, temperatures,
@@ -140,14 +140,41 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release released;
           cpu::logprob_backward(args);
         });
-  m.def("cpu_gae", [](Address rewards, Address values, Address offsets, Address mask,
-                      Address dones, Address bootstrap, Address advantages, Address returns,
-                      int64_t rows, int64_t length, float bootstrap_value, float gamma,
-                      float decay, float decay_returns, bool carry, int threads) {
+  m.def("cpu_gae", [](Address rewards, Address values, Address offsets, Address mask, Address dones,
+                      Address bootstrap, Address advantages, Address returns, int64_t rows,
+                      int64_t length, float bootstrap_value, float gamma, float decay,
+                      float decay_returns, bool carry, int threads) {
     const auto args =
         gae_args(rewards, values, offsets, mask, dones, bootstrap, advantages, returns, rows,
                  length, bootstrap_value, gamma, decay, decay_returns, carry, threads);
     py::gil_scoped_release released;
     cpu::gae(args);
   });
+
+#if RLHF_WITH_CUDA
+  m.def("cuda_logprob", [](const RowsTuple& rows, int device, Address stream, Address logprob,
+                           Address entropy, Address row_max, Address log_sum) {
+    const auto args = logprob_args(rows, 1, logprob, entropy, row_max, log_sum);
+    py::gil_scoped_release released;
+    cuda::logprob(args, device, pointer<void>(stream));
+  });
+  m.def("cuda_logprob_backward", [](const RowsTuple& rows, int device, Address stream,
+                                    Address grad_logprob, Address grad_entropy, Address row_max,
+                                    Address log_sum, Address entropy, Address out) {
+    const auto args =
+        logprob_backward_args(rows, 1, grad_logprob, grad_entropy, row_max, log_sum, entropy, out);
+    py::gil_scoped_release released;
+    cuda::logprob_backward(args, device, pointer<void>(stream));
+  });
+  m.def("cuda_gae", [](Address rewards, Address values, Address offsets, Address mask,
+                       Address dones, Address bootstrap, Address advantages, Address returns,
+                       int64_t rows, int64_t length, float bootstrap_value, float gamma,
+                       float decay, float decay_returns, bool carry, int device, Address stream) {
+    const auto args =
+        gae_args(rewards, values, offsets, mask, dones, bootstrap, advantages, returns, rows,
+                 length, bootstrap_value, gamma, decay, decay_returns, carry, 1);
+    py::gil_scoped_release released;
+    cuda::gae(args, device, pointer<void>(stream));
+  });
+#endif
 }

@@ -5,7 +5,7 @@
 #include <string>
 
 // Throws std::invalid_argument (ValueError) unless `condition` holds.
-#define RLHF_CHECK(condition, message)                         \
-  do {                                                         \
-    if (!(condition)) throw std::invalid_argument(message);    \
+#define RLHF_CHECK(condition, message)                      \
+  do {                                                      \
+    if (!(condition)) throw std::invalid_argument(message); \
   } while (0)

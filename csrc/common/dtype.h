@@ -19,9 +19,12 @@ struct Half {
 template <class Function>
 void with_type(Dtype dtype, Function f) {
   switch (dtype) {
-    case Dtype::float32: return f(float{});
-    case Dtype::bfloat16: return f(BFloat16{});
-    case Dtype::float16: return f(Half{});
+    case Dtype::float32:
+      return f(float{});
+    case Dtype::bfloat16:
+      return f(BFloat16{});
+    case Dtype::float16:
+      return f(Half{});
   }
 }
 

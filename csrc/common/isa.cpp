@@ -26,9 +26,7 @@ Isa current = kBest;
 
 Isa isa() { return current; }
 
-std::vector<std::string> isas() {
-  return {kNames, kNames + static_cast<int>(kBest) + 1};
-}
+std::vector<std::string> isas() { return {kNames, kNames + static_cast<int>(kBest) + 1}; }
 
 std::string isa_name() { return kNames[static_cast<int>(current)]; }
 

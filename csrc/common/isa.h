@@ -26,23 +26,34 @@ void set_isa(const std::string& name);
 // Declares `name` in the namespace of every instruction set, and rlhf::cpu::name that calls the
 // right one.
 #if RLHF_X86
-#define RLHF_CPU_KERNEL(name, Args)                          \
-  namespace rlhf::baseline { void name(const Args&); }       \
-  namespace rlhf::avx2 { void name(const Args&); }           \
-  namespace rlhf::avx512 { void name(const Args&); }         \
-  namespace rlhf::cpu {                                      \
-  inline void name(const Args& args) {                       \
-    switch (isa()) {                                         \
-      case Isa::avx512: return avx512::name(args);           \
-      case Isa::avx2: return avx2::name(args);               \
-      default: return baseline::name(args);                  \
-    }                                                        \
-  }                                                          \
+#define RLHF_CPU_KERNEL(name, Args)    \
+  namespace rlhf::baseline {           \
+  void name(const Args&);              \
+  }                                    \
+  namespace rlhf::avx2 {               \
+  void name(const Args&);              \
+  }                                    \
+  namespace rlhf::avx512 {             \
+  void name(const Args&);              \
+  }                                    \
+  namespace rlhf::cpu {                \
+  inline void name(const Args& args) { \
+    switch (isa()) {                   \
+      case Isa::avx512:                \
+        return avx512::name(args);     \
+      case Isa::avx2:                  \
+        return avx2::name(args);       \
+      default:                         \
+        return baseline::name(args);   \
+    }                                  \
+  }                                    \
   }
 #else
-#define RLHF_CPU_KERNEL(name, Args)                                           \
-  namespace rlhf::baseline { void name(const Args&); }                        \
-  namespace rlhf::cpu {                                                       \
-  inline void name(const Args& args) { return baseline::name(args); }         \
+#define RLHF_CPU_KERNEL(name, Args)                                   \
+  namespace rlhf::baseline {                                          \
+  void name(const Args&);                                             \
+  }                                                                   \
+  namespace rlhf::cpu {                                               \
+  inline void name(const Args& args) { return baseline::name(args); } \
   }
 #endif

@@ -1,4 +1,5 @@
-// GAE on the CPU: one row per turn, chunks of tokens from the row's end, through the first-level cache.
+// GAE on the CPU: one row per turn, chunks of tokens from the row's end, through the first-level
+// cache.
 #include "gae/gae.h"
 
 #include "common/parallel.h"

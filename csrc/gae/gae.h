@@ -29,6 +29,10 @@ struct GaeArgs {
   int threads;  // CPU
 };
 
+namespace cuda {
+void gae(const GaeArgs& args, int device, void* stream);
+}
+
 }  // namespace rlhf
 
 RLHF_CPU_KERNEL(gae, GaeArgs)

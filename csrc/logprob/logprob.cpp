@@ -1,7 +1,7 @@
 // Log-prob and entropy on the CPU: each logit is read from memory once.
 //
-// A row is cut into pieces of fixed columns, each a task, so that a row's bits depend neither on the
-// number of threads nor on the other rows. A piece is walked in blocks that are copied into the
+// A row is cut into pieces of fixed columns, each a task, so that a row's bits depend neither on
+// the number of threads nor on the other rows. A piece is walked in blocks that are copied into the
 // first-level cache as floats: while one block is exponentiated, the next one is fetched and its
 // maximum taken, so that the sums need one exponential per logit and memory is never waited for.
 #include "logprob/logprob.h"
@@ -14,9 +14,9 @@
 namespace rlhf::RLHF_ISA {
 namespace {
 
-constexpr int kPiece = 16384;   // columns per task
-constexpr int kBlock = 1024;    // columns per block: 4 KiB of floats
-constexpr int kUnroll = 4;      // vectors, each with sums of its own
+constexpr int kPiece = 16384;  // columns per task
+constexpr int kBlock = 1024;   // columns per block: 4 KiB of floats
+constexpr int kUnroll = 4;     // vectors, each with sums of its own
 constexpr int kGroup = kUnroll * W;
 constexpr int kAhead = 2 * kBlock;  // prefetched columns: the hardware stops at the end of a page
 
@@ -127,6 +127,11 @@ Softmax fold_piece(const T* z, int n, float rate, float softcap) {
   return state;
 }
 
+// Tasks per turn of a thread: as many short rows as make up a piece.
+int64_t grain_of(const LogitRows& in) {
+  return in.vocabulary < kPiece ? kPiece / in.vocabulary : 1;
+}
+
 // One row's results from those of its pieces.
 template <class T, bool CAP>
 void finish_row(const LogprobArgs& args, int64_t row, const Softmax* pieces, int64_t count) {
@@ -163,41 +168,39 @@ void forward(const LogprobArgs& args) {
   const LogitRows& in = args.in;
   const int64_t count = (in.vocabulary + kPiece - 1) / kPiece;
   std::vector<Softmax> pieces(in.rows * count);
-  const int64_t grain = in.vocabulary < kPiece ? kPiece / in.vocabulary : 1;
-  parallel_for(in.rows * count, grain, in.threads, [&](int64_t task) {
+  parallel_for(in.rows * count, grain_of(in), in.threads, [&](int64_t task) {
     const int64_t row = task / count, begin = task % count * kPiece;
     if (!is_live(in, row)) return;
     const int64_t left = in.vocabulary - begin;
     const int n = static_cast<int>(left < kPiece ? left : kPiece);
-    pieces[task] = fold_piece<T, CAP, WEIGHTED>(row_of<T>(in, row) + begin, n, rate_of(in, row),
-                                                in.softcap);
+    pieces[task] =
+        fold_piece<T, CAP, WEIGHTED>(row_of<T>(in, row) + begin, n, rate_of(in, row), in.softcap);
   });
   for (int64_t row = 0; row < in.rows; ++row)
     finish_row<T, CAP>(args, row, pieces.data() + row * count, count);
 }
 
 // The gradient is computed number by number, so neither `piece` nor alignment can change it.
-template <class T, bool CAP, bool ENTROPY>
-void backward_piece(const T* z, int64_t n, const RowGradient& c, T* out) {
+template <class T, bool ENTROPY>
+void backward_piece(const T* z, int64_t n, RowGradient c, T* out) {
   int64_t i = 0;
   for (; i + W <= n; i += W) {
     __builtin_prefetch(z + i + kAhead);
-    store(out + i, logit_gradient<CAP, ENTROPY, false>(load(z + i), c));
+    store(out + i, logit_gradient<ENTROPY, false>(load(z + i), c));
   }
   if (i < n) {
     T rest[W] = {};
     std::memcpy(rest, z + i, (n - i) * sizeof(T));
-    store(rest, logit_gradient<CAP, ENTROPY, false>(load(rest), c));
+    store(rest, logit_gradient<ENTROPY, false>(load(rest), c));
     std::memcpy(out + i, rest, (n - i) * sizeof(T));
   }
 }
 
-template <class T, bool CAP, bool ENTROPY>
+template <class T, bool ENTROPY>
 void backward(const LogprobBackwardArgs& args) {
   const LogitRows& in = args.in;
   const int64_t count = (in.vocabulary + kPiece - 1) / kPiece;
-  const int64_t grain = in.vocabulary < kPiece ? kPiece / in.vocabulary : 1;
-  parallel_for(in.rows * count, grain, in.threads, [&](int64_t task) {
+  parallel_for(in.rows * count, grain_of(in), in.threads, [&](int64_t task) {
     const int64_t row = task / count, begin = task % count * kPiece;
     const int64_t left = in.vocabulary - begin, n = left < kPiece ? left : kPiece;
     T* const out = static_cast<T*>(args.out) + row * in.vocabulary + begin;
@@ -211,40 +214,34 @@ void backward(const LogprobBackwardArgs& args) {
     T chosen[W] = {};
     if (y >= 0 && y < in.vocabulary) {
       chosen[0] = z[y];
-      if (prepared<T, CAP>(chosen, in.softcap)[0] == -kInfinity) c.g = 0.0f;
+      if (load(chosen)[0] == -kInfinity) c.g = 0.0f;
     } else {
       c.g = NAN;
     }
-    backward_piece<T, CAP, ENTROPY>(z + begin, n, c, out);
+    backward_piece<T, ENTROPY>(z + begin, n, c, out);
     if (y >= begin && y < begin + n) {
-      store(chosen, logit_gradient<CAP, ENTROPY, true>(load(chosen), c));
+      store(chosen, logit_gradient<ENTROPY, true>(load(chosen), c));
       out[y - begin] = chosen[0];
     }
-  });
-}
-
-// Calls f with the compile-time form of (element type, softcap, entropy).
-template <class Function>
-void with_kind(const LogitRows& in, bool entropy, Function f) {
-  with_type(in.dtype, [&](auto type) {
-    const auto with_cap = [&](auto cap) {
-      entropy ? f(type, cap, std::true_type{}) : f(type, cap, std::false_type{});
-    };
-    in.softcap != 0.0f ? with_cap(std::true_type{}) : with_cap(std::false_type{});
   });
 }
 
 }  // namespace
 
 void logprob(const LogprobArgs& args) {
-  with_kind(args.in, args.entropy, [&](auto type, auto cap, auto entropy) {
-    forward<decltype(type), cap, entropy>(args);
+  with_type(args.in.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (args.in.softcap != 0.0f)
+      args.entropy ? forward<T, true, true>(args) : forward<T, true, false>(args);
+    else
+      args.entropy ? forward<T, false, true>(args) : forward<T, false, false>(args);
   });
 }
 
 void logprob_backward(const LogprobBackwardArgs& args) {
-  with_kind(args.in, args.grad_entropy, [&](auto type, auto cap, auto entropy) {
-    backward<decltype(type), cap, entropy>(args);
+  with_type(args.in.dtype, [&](auto type) {
+    using T = decltype(type);
+    args.grad_entropy ? backward<T, true>(args) : backward<T, false>(args);
   });
 }
 

@@ -41,6 +41,11 @@ struct LogprobBackwardArgs {
   void* out;                                      // [rows, vocabulary]
 };
 
+namespace cuda {
+void logprob(const LogprobArgs& args, int device, void* stream);
+void logprob_backward(const LogprobBackwardArgs& args, int device, void* stream);
+}  // namespace cuda
+
 }  // namespace rlhf
 
 RLHF_CPU_KERNEL(logprob, LogprobArgs)
@@ -87,18 +92,18 @@ RLHF_HD RowGradient row_gradient(const LogprobBackwardArgs& args, int64_t row) {
 
 // Gradient of the logit z: that of the chosen token where `CHOSEN`, where the factor 1 - p is
 // -expm1(logprob), which does not cancel when p is close to 1. `g` is 0 for a log-prob of -inf.
-template <bool CAP, bool ENTROPY, bool CHOSEN, class F>
+template <bool ENTROPY, bool CHOSEN, class F>
 RLHF_HD F logit_gradient(F z, const RowGradient& c) {
   F slope = splat<F>(1.0f);
-  if (CAP) {
+  if (c.softcap != 0.0f) {  // the same for the whole call
     const Capped<F> capped = softcapped(z, c.softcap);
     z = capped.value;
     slope = capped.slope;
   }
   const F d = (z - c.row_max) * c.rate;
   const F log_p = d - c.log_sum;
-  // exp_negative stays above 0, but a logit of -inf must get a gradient of exactly 0.
-  const F p = log_p < -87.0f ? splat<F>(0.0f) : exp_negative(log_p);
+  // The exponential may stay above 0, but a logit of -inf must get a gradient of exactly 0.
+  const F p = log_p < -87.0f ? splat<F>(0.0f) : fast_exp_negative(log_p);
   F du = p * -c.g;
   if (CHOSEN) {
     const F g = log_p == -kInfinity ? splat<F>(0.0f) : splat<F>(c.g);
@@ -106,7 +111,7 @@ RLHF_HD F logit_gradient(F z, const RowGradient& c) {
   }
   // The floor keeps 0 * -inf out.
   if (ENTROPY) du = du - p * (max(splat<F>(-256.0f), d) - c.mean) * c.h;
-  return CAP ? du * slope : du;
+  return c.softcap != 0.0f ? du * slope : du;
 }
 
 }  // namespace rlhf::RLHF_ISA

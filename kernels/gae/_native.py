@@ -93,3 +93,51 @@ def cpu_discounted_returns(
     return _launch(
         _C.cpu_gae, rewards, None, None, mask, None, None, 0.0, gamma, 1.0, None, True, False
     )[0]
+
+
+def cuda_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    dones: torch.Tensor | None,
+    bootstrap: torch.Tensor | None,
+    bootstrap_value: float,
+    gamma: float,
+    lam: float,
+    lam_value: float | None,
+    carry: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages[B, T], returns[B, T]); `carry` skips masked tokens, else they count as zeros."""
+    return _launch(
+        _C.cuda_gae, rewards, values, None, mask, dones, bootstrap, bootstrap_value, gamma, lam,
+        lam_value, carry,
+    )  # fmt: skip
+
+
+def cuda_gae_packed(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    mask: torch.Tensor | None,
+    dones: torch.Tensor | None,
+    bootstrap: torch.Tensor | None,
+    bootstrap_value: float,
+    gamma: float,
+    lam: float,
+    lam_value: float | None,
+    carry: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages[N], returns[N]); sequence b is `cu_seqlens[b] : cu_seqlens[b + 1]`."""
+    return _launch(
+        _C.cuda_gae, rewards, values, cu_seqlens, mask, dones, bootstrap, bootstrap_value, gamma,
+        lam, lam_value, carry,
+    )  # fmt: skip
+
+
+def cuda_discounted_returns(
+    rewards: torch.Tensor, mask: torch.Tensor | None, gamma: float
+) -> torch.Tensor:
+    """R_t = r_t + gamma R_{t+1} over the unmasked tokens: GAE with lambda 1 and no values."""
+    return _launch(
+        _C.cuda_gae, rewards, None, None, mask, None, None, 0.0, gamma, 1.0, None, True, False
+    )[0]

@@ -1,7 +1,7 @@
 """Calls of the native log-prob kernels, for tensors on the CPU and on CUDA devices.
 
 This file alone turns tensors of this op into addresses. Logits are addressed by two strides where
-that is possible (`rows_of`) and copied where it is not; everything else is a small vector per token.
+that is possible (`rows_of`) and copied where it is not; all else is a small vector per token.
 `row_max` is here the largest logit before the temperature, as in `_triton.py`.
 """
 
@@ -116,5 +116,55 @@ def cpu_logprob_backward(
     options = (mask, temperature, temperatures, softcap, ignore_index)
     return _backward(
         _C.cpu_logprob_backward, grad_logprob, grad_entropy, logits, ids, options, row_max,
+        log_sum, entropy,
+    )  # fmt: skip
+
+
+def cuda_logprob(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob, row_max, log_sum), each of the shape of `ids`; 0 where a token is masked."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
+    return _forward(_C.cuda_logprob, logits, ids, options, None)
+
+
+def cuda_logprob_entropy(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob, entropy, row_max, log_sum), each of the shape of `ids`; 0 for a masked token."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
+    return _with_entropy(_C.cuda_logprob, logits, ids, options)
+
+
+def cuda_logprob_backward(
+    grad_logprob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+    entropy: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient of the logits, contiguous and in their dtype."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
+    return _backward(
+        _C.cuda_logprob_backward, grad_logprob, grad_entropy, logits, ids, options, row_max,
         log_sum, entropy,
     )  # fmt: skip
