@@ -271,7 +271,7 @@ def parse(stage: str, argv: Sequence[str]) -> Config | None:
     except Help:
         print(usage(stage))
         return None
-    values = {"output": f"outputs/{stage}"} | STAGE_DEFAULTS[stage]
+    values: dict[str, Any] = {"output": f"outputs/{stage}"} | STAGE_DEFAULTS[stage]
     given = read_yaml(file) if file else {}
     given |= overrides
     saved = Path(given.get("output", values["output"])) / "config.yaml"

@@ -113,14 +113,15 @@ def _instruction(record: dict) -> Record:
 def _ranked(record: dict) -> Record:
     """Ranked completions: prompt, completions, ranks (lower is better)."""
     completions, ranks = record.get("completions"), record.get("ranks")
-    texts = isinstance(completions, list) and all(isinstance(c, str) for c in completions)
-    if not texts or not completions:
+    if not isinstance(completions, list) or not completions:
         raise DataError("expected a non-empty list of texts under 'completions'")
-    numbers = isinstance(ranks, list) and all(
-        isinstance(r, int | float) and not isinstance(r, bool) and math.isfinite(r) for r in ranks
-    )
-    if not numbers or len(ranks) != len(completions):
+    if not all(isinstance(c, str) for c in completions):
+        raise DataError("expected nothing but texts under 'completions'")
+    if not isinstance(ranks, list) or len(ranks) != len(completions):
         raise DataError(f"expected {len(completions)} numbers under 'ranks', one per completion")
+    for r in ranks:
+        if isinstance(r, bool) or not isinstance(r, int | float) or not math.isfinite(r):
+            raise DataError(f"expected finite numbers under 'ranks', got {r!r}")
     return Record(_text(record, "prompt"), tuple(completions), tuple(ranks))
 
 
