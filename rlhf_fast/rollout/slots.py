@@ -61,23 +61,22 @@ class SlotLayer(CacheLayerMixin):
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, cache: SlotCache):
+    def __init__(self, slots: int, columns: int):
         super().__init__()
-        self.cache = cache
+        self.slots, self.columns = slots, columns
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def zeros(like: torch.Tensor) -> torch.Tensor:
             _, heads, _, size = like.shape
-            return like.new_zeros(self.cache.slots, heads, self.cache.columns, size)
+            return like.new_zeros(self.slots, heads, self.columns, size)
 
         self.keys, self.values = zeros(key_states), zeros(value_states)
         self.is_initialized = True
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states, value_states, step: Step):
         """Store the new keys and values; return those that this forward's attention reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        step = self.cache.step
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
             if step.lengths is not None:
                 # What the last owner left behind is masked, but a NaN would get through a mask.
@@ -97,7 +96,9 @@ class SlotLayer(CacheLayerMixin):
         return 0
 
     def get_max_length(self) -> int:
-        return self.cache.columns
+        return self.columns
+
+    get_max_cache_shape = get_max_length  # its name in transformers 5.0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -109,9 +110,11 @@ class SlotCache(Cache):
     step: Step
 
     def __init__(self, layers: int, slots: int, columns: int):
-        self.slots, self.columns = slots, columns
-        self.slot_layers = [SlotLayer(self) for _ in range(layers)]
+        self.slot_layers = [SlotLayer(slots, columns) for _ in range(layers)]
         super().__init__(layers=list(self.slot_layers))
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        return self.slot_layers[layer_idx].update(key_states, value_states, self.step)
 
     def move(self, source: int, target: int) -> None:
         """Put what slot `source` holds into slot `target`."""
