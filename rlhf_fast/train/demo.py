@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": {
         "steps": 25, "batch_size": 64, "micro_batch": 32, "learning_rate": 3e-4,
         "schedule": "linear", "adam_eps": 1e-5, "ppo_epochs": 2, "minibatches": 2,
-        "kl_coef": 0.03, "ptx_coef": 0.1, "ptx_batch": 16, "eval_batches": 4,
+        "kl_coef": 0.1, "ptx_coef": 0.1, "ptx_batch": 16, "eval_batches": 4,
     },
 }  # fmt: skip
 
@@ -112,7 +112,8 @@ def write_data(config: Config, files: Path) -> tuple[list[Record], list[Record]]
     files.mkdir(parents=True, exist_ok=True)
     sides = corpus.records(config.seed)
     for name, records in zip(("instructions", "held_out"), sides, strict=True):
-        rows = [{"instruction": r.prompt, "response": r.best} for r in records]
+        # The loader ends an instruction with the newline that the corpus's prompts end with.
+        rows = [{"instruction": r.prompt.strip(), "response": r.best} for r in records]
         write_records(files / f"{name}.jsonl", rows)
     (files / "text.txt").write_text(corpus.text())
     return sides

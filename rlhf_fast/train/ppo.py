@@ -157,7 +157,9 @@ def train(config: Config) -> dict[str, float]:
     done = run.resume()
     result = {}
     if done == 0 and eval_prompts:
-        result = {f"{k}_before": v for k, v in evaluate(run, actors, eval_prompts, 0).items()}
+        found = evaluate(run, actors, eval_prompts, 0)
+        result = {f"{name}_before": number for name, number in found.items()}
+        run.log(0, {f"eval_{name}": number for name, number in found.items()})
 
     for step in run.steps(done, steps):
         clock = time.perf_counter()

@@ -47,6 +47,7 @@ class Run:
         logging.getLogger("accelerate.utils").setLevel(logging.ERROR)
         transformers_logging.disable_progress_bar()
         self.stage, self.config = stage, config
+        self.bar: Any = None
         self.accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
         self.device = self.accelerator.device
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
@@ -215,7 +216,8 @@ class Run:
         line |= {name: _rounded(value) for name, value in metrics.items()}
         _append(self.output / "metrics.jsonl", [line])
         shown = ("loss", "accuracy", "score", "gold", "kl", "tokens_per_second")
-        self.bar.set_postfix({n: f"{line[n]:.4g}" for n in shown if line.get(n) is not None})
+        if self.bar is not None:
+            self.bar.set_postfix({n: f"{line[n]:.4g}" for n in shown if line.get(n) is not None})
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append completions to samples.jsonl."""
