@@ -97,8 +97,17 @@ def number(
     return value
 
 
+def integer(name: str, value: int) -> int:
+    """`value` if it is an int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    return value
+
+
 def choice(name: str, value: str, allowed: Sequence[str]) -> str:
     """`value` if it is one of `allowed`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(allowed)}, got {type(value).__name__}")
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
     return value

@@ -355,6 +355,20 @@ def test_ppo_advantages_is_the_chain_of_its_parts(backend, mode, whiten):
         assert x.dtype == torch.float32 and x.is_contiguous() and not x[~mask].any()
 
 
+def test_published_rewards_of_torchtune(backend):
+    """pytorch/torchtune, test_rewards.py, get_rewards_ppo: its inputs, signs and numbers."""
+    scores = torch.tensor([1.0, 2.0, 3.0])
+    lp = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.6, 0.7, 0.8]])
+    gap = torch.tensor([[0.1], [0.2], [0.3]]).expand(3, 3)
+    for at in ("last", torch.tensor([2, 2, 2], device=device_of(backend))):
+        rewards, kl = rlhf_fast.shaped_rewards(
+            *on(backend, scores, lp, lp + gap), None, kl_coef=0.5, at=at
+        )
+        expected = torch.tensor([[0.05, 0.05, 1.05], [0.1, 0.1, 2.1], [0.15, 0.15, 3.15]])
+        torch.testing.assert_close(kl.cpu(), -gap, atol=1e-6, rtol=0)
+        torch.testing.assert_close(rewards.cpu(), expected, atol=1e-6, rtol=0)
+
+
 def test_ppo_advantages_by_hand(backend):
     """One row, gamma 0.5, lambda 0.5: a penalty of 0.1 a token and a score of 1 at the end."""
     lp, ref = torch.tensor([[-1.0, -1.0, -9.0]]), torch.tensor([[-2.0, -2.0, 5.0]])

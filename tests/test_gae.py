@@ -110,6 +110,49 @@ def test_hand_computed_numbers_with_a_terminal_step(backend):
     assert_accurate("A", out.advantages, torch.tensor([[0.0, -0.25, 1.0]]))
 
 
+RLAX = (  # lambda, (gamma 0.99, nothing terminal), (gamma 0.9, terminal after step 3)
+    (1.0, [-1.45118, -4.4557, 2.5396, 0.5249, -0.49], [3.0, 2.0, 1.0, 0.0, -4.9]),
+    (0.7, [-0.676979, -5.248167, 2.4846, 0.6704, -0.49], [2.2899, 1.73, 1.0, 0.0, -4.9]),
+    (0.4, [0.56731, -6.042, 2.3431, 0.815, -0.49], [1.7256, 1.46, 1.0, 0.0, -4.9]),
+)
+
+
+@pytest.mark.parametrize(("lam", "first", "second"), RLAX)
+def test_published_table_of_rlax(backend, lam, first, second):
+    """google-deepmind/rlax, multistep_test.py, truncated GAE: its inputs, numbers and 1e-3."""
+    for gamma, r, v, bootstrap, dones, expected in (
+        (0.99, [0.0, 0.0, 1.0, 0.0, -0.5], [1.0, 4.0, -3.0, -2.0, -1.0], -1.0, [0] * 5, first),
+        (0.9, [0.0, 0.0, 0.0, 0.0, 1.0], [-3.0, -2.0, -1.0, 0.0, 5.0], -1.0, [0, 0, 0, 1, 0], second),
+    ):  # fmt: skip
+        rewards, values, cut = on(backend, *(torch.tensor([x]) for x in (r, v, dones)))
+        out = rlhf_fast.gae(
+            rewards, values, gamma=gamma, lam=lam, bootstrap_value=bootstrap, dones=cut
+        )
+        published = torch.tensor([expected])
+        torch.testing.assert_close(out.advantages.cpu(), published, atol=1e-3, rtol=0)
+
+
+def test_published_returns_of_torchtune(backend):
+    """pytorch/torchtune, test_rewards.py, estimate_advantages: one reward, decaying backwards."""
+    x = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+    out = rlhf_fast.gae(*on(backend, x, x), gamma=0.9, lam=0.95)
+    expected = torch.tensor([[0.9**3 * 0.95**2, 0.9**2 * 0.95, 0.9, 1.0]], dtype=torch.float64)
+    assert_accurate("returns", out.returns, expected)
+
+
+def test_a_gap_is_as_if_its_tokens_were_not_there(backend):
+    """Interior gaps, as in radixark/miles and NVIDIA-NeMo/RL: equal to the compressed row, the
+    carry crosses undecayed, the terminal reward sits on the last token that counts."""
+    rewards, values = randn(1, 12, seed=1), randn(1, 12, seed=2)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1, 1, 1, 0, 0]]) != 0
+    rewards[~mask], values[~mask] = 1e6, math.nan
+    out = rlhf_fast.gae(*on(backend, rewards, values), mask=on(backend, mask)[0], gamma=0.9)
+    short = rlhf_fast.gae(*on(backend, rewards[mask][None], values[mask][None]), gamma=0.9)
+    for name, long, packed in zip(out._fields, out, short, strict=True):
+        assert_accurate(name, long.cpu()[mask], packed.cpu()[0].double())
+        assert not long.cpu()[~mask].any()
+
+
 def test_lambda_one_is_monte_carlo_and_lambda_zero_is_one_step(backend):
     rewards, values = randn(3, 20, seed=1), randn(3, 20, seed=2)
     r, v = on(backend, rewards, values)
@@ -121,7 +164,10 @@ def test_lambda_one_is_monte_carlo_and_lambda_zero_is_one_step(backend):
 
 
 def test_values_under_the_mask_change_no_bit(backend):
-    """A multi-turn row: what the environment wrote between two turns must not matter."""
+    """A multi-turn row: what the environment wrote between two turns must not matter.
+
+    The property of verl's test_multi_turn_compute_gae_advantage_return (test_core_algos_on_cpu.py).
+    """
     rewards, values = randn(4, 40, seed=1), randn(4, 40, seed=2)
     mask = random_mask(4, 40, seed=3, keep=0.5)
     other = torch.where(mask, values, 100 * randn(4, 40, seed=9))

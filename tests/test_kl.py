@@ -279,6 +279,16 @@ def test_rows_layouts_and_inputs(exact):
     assert whole._version == version
 
 
+def test_a_long_row_alone_has_the_bits_of_the_batch(exact):
+    """torch shares the sum of a single row of 32768 or more elements among its threads."""
+    logits, ref = (x.to(exact) for x in pair(3, 40001))
+    ids = torch.tensor([0, 7, 40000], device=logits.device)
+    whole = rlhf_fast.kl_divergence_full(logits, ref, ids)
+    alone = rlhf_fast.kl_divergence_full(logits[1], ref[1], ids[1])
+    for name, part, every in zip(whole._fields, alone, whole, strict=True):
+        assert_same_bits(name, part, every[1])
+
+
 def test_double_backward_raises(sampled):
     x = randn(3).to(sampled).requires_grad_()
     (g,) = torch.autograd.grad(

@@ -237,6 +237,31 @@ def test_a_row_does_not_depend_on_the_others(backend, vocabulary):
         assert_same_bits("run to run", part, whole)
 
 
+def test_a_long_row_alone_has_the_bits_of_the_batch(backend):
+    """torch shares the sum of a single row of 32768 or more elements among its threads."""
+    z = 3 * randn(3, 40001, seed=1).to(device_of(backend))
+    ids = torch.tensor([0, 7, 40000], device=z.device)
+    whole = rlhf_fast.logprob_entropy(z, ids)
+    for name, part, every in zip(
+        whole._fields, rlhf_fast.logprob_entropy(z[1], ids[1]), whole, strict=True
+    ):
+        assert_same_bits(name, part, every[1])
+
+
+def test_an_offset_of_the_row_costs_no_digits_at_any_temperature(backend):
+    """Dividing before the maximum is subtracted would lose those of max / temperature."""
+    z = (16 * randn(4, 50, seed=1)).round() / 16  # exact in float32, with an offset too
+    ids = torch.tensor([0, 1, 2, 49])
+    for offset in (-1000, 1e4):
+        out, base = (
+            rlhf_fast.logprob_entropy(x.to(device_of(backend)), ids.to(device_of(backend)),
+                                      temperature=0.7)
+            for x in (z + offset, z)
+        )  # fmt: skip
+        for name, a, b in zip(out._fields, out, base, strict=True):
+            assert_same_bits(name, a, b)
+
+
 def test_inputs_are_not_written_to(backend):
     z = randn(4, 33, seed=1).to(device_of(backend)).requires_grad_()
     ids = pick_ids((4,), 33).to(z.device)
@@ -329,6 +354,7 @@ def test_more_than_two_to_the_31_elements():
         ({"temperature": torch.tensor([1.0, -1.0])}, ValueError, "temperature: expected positive"),
         ({"temperature": torch.ones(3)}, ValueError, "temperature: expected a shape"),
         ({"softcap": -1.0}, ValueError, "softcap: expected a finite number"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an int, got float"),
     ],
 )
 def test_errors_name_the_argument(backend, change, error, message):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.loss_truth import KINDS, REDUCTIONS, batch, clean, on, policy_truth, reduced, token_terms
 
 import rlhf_fast
 from rlhf_fast.testing import (
@@ -18,6 +17,7 @@ from rlhf_fast.testing import (
     random_mask,
     usable_backends,
 )
+from tests.loss_truth import KINDS, REDUCTIONS, batch, clean, on, policy_truth, reduced, token_terms
 
 OPTIONS = (
     {},
@@ -186,6 +186,31 @@ def test_known_values_of_the_clipped_surrogate(backend):
         loss = rlhf_fast.policy_loss(lp, old, sign * A, one).loss.item()
         assert loss == pytest.approx(exact[sign], rel=1e-6)
         assert loss == pytest.approx(published, abs=1e-5)
+
+
+def test_a_token_has_the_same_bits_wherever_it_stands(backend):
+    """A vectorised function with a scalar tail (torch.sigmoid) would round the last few apart."""
+    x = on(backend, batch(B=5, T=7, seed=4, spread=0.5))
+
+    def gradient(rows, kind):
+        part = {name: value[rows].detach() for name, value in x.items()}
+        leaf = part.pop("logprob").requires_grad_()
+        out = rlhf_fast.policy_loss(leaf, **part, kind=kind, reduction="token-sum")
+        return torch.autograd.grad(out.loss, leaf)[0]
+
+    order = torch.tensor([3, 0, 4, 2, 1])
+    for kind in KINDS:
+        whole = gradient(torch.arange(5), kind)
+        assert_same_bits(f"{kind} permuted", gradient(order, kind), whole[order])
+        for row in range(5):
+            assert_same_bits(f"{kind} alone", gradient([row], kind), whole[[row]])
+
+
+def test_an_infinite_upstream_gradient_stays_out_of_the_mask(backend):
+    """A gradient scaler that overflowed must not turn masked tokens into 0 * inf."""
+    x = on(backend, batch(B=3, T=6, seed=5), "logprob")
+    rlhf_fast.policy_loss(**x).loss.backward(torch.tensor(math.inf, device=x["mask"].device))
+    assert not x["logprob"].grad[~x["mask"]].any()
 
 
 def test_which_bound_binds(backend):

@@ -7,6 +7,17 @@ import math
 
 import pytest
 import torch
+
+import rlhf_fast
+from rlhf_fast.testing import (
+    assert_accurate,
+    assert_same_bits,
+    device_of,
+    poisoned_memory,
+    randn,
+    random_mask,
+    usable_backends,
+)
 from tests.loss_truth import (
     KINDS,
     REDUCTIONS,
@@ -18,17 +29,6 @@ from tests.loss_truth import (
     token_terms,
     value_batch,
     value_truth,
-)
-
-import rlhf_fast
-from rlhf_fast.testing import (
-    assert_accurate,
-    assert_same_bits,
-    device_of,
-    poisoned_memory,
-    randn,
-    random_mask,
-    usable_backends,
 )
 
 

@@ -198,3 +198,15 @@ def test_errors_name_the_argument(backend, change, error, message):
     arguments = {"scores": torch.zeros(2, 3), "ranks": torch.zeros(2, 3)} | change
     with pytest.raises(error, match=message):
         rlhf_fast.ranking_loss(**arguments)
+
+
+def test_a_prompt_has_the_same_bits_wherever_it_stands(backend):
+    scores, ranks = randn(5, 5, seed=1).to(device_of(backend)), ranks_with_ties(5, 5, seed=2)
+    ranks = ranks.to(scores.device)
+
+    def gradient(rows):
+        leaf = scores[rows].requires_grad_()
+        return torch.autograd.grad(rlhf_fast.ranking_loss(leaf, ranks[rows]), leaf)[0]
+
+    order = torch.tensor([3, 0, 4, 2, 1])
+    assert_same_bits("permuted", gradient(order), gradient(torch.arange(5))[order])

@@ -5,7 +5,7 @@ Sampled estimates, with d = logprob - ref_logprob:
 
     k1 = d,   abs = |d|,   k2 = d^2 / 2,   k3 = expm1(-d) + d
 
-Exact, with u and r the tempered logits of policy and reference, each less its row's maximum, s and
+Exact, with u and r the logits of policy and reference less their row's maximum, tempered, s and
 s_ref their log-sums, p = exp(u - s) and q = exp(r - s_ref):
 
     kl = sum p (u - r) - s + s_ref
@@ -22,7 +22,8 @@ from rlhf_fast.kernels.logprob.reference import (
     logprob,
     logprob_backward,
     logprob_entropy,
-    tempered,
+    row_sum,
+    shifted,
 )
 
 IGNORE_INDEX = -100
@@ -98,17 +99,22 @@ def kl_estimate_backward(
 def _rows(
     logits: torch.Tensor,
     mask: torch.Tensor | None,
-    temperature: float,
-    temperatures: torch.Tensor | None,
+    temperature: float | torch.Tensor,
     row_max: torch.Tensor,
 ) -> torch.Tensor:
-    """Tempered logits less their row's maximum; rows that are masked are 0."""
+    """Logits less their row's maximum, tempered; rows that are masked are 0."""
     if mask is not None:
         logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
-        if temperatures is not None:
-            temperatures = torch.where(mask, temperatures, 1.0)
-    u = tempered(logits, temperature, temperatures, None)
-    return u - torch.where(row_max == -torch.inf, 0.0, row_max).unsqueeze(-1)
+    return shifted(logits, row_max, temperature)
+
+
+def _temperature(
+    temperature: float, temperatures: torch.Tensor | None, mask: torch.Tensor | None
+) -> float | torch.Tensor:
+    """The number, or one per row; 1 where masked."""
+    if temperatures is None:
+        return temperature
+    return (temperatures if mask is None else torch.where(mask, temperatures, 1.0)).unsqueeze(-1)
 
 
 def _against(u: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
@@ -142,12 +148,13 @@ def kl_divergence_full(
     z, ref = logits.to(dtype), ref_logits.to(dtype)
     lp, entropy, row_max, log_sum = logprob_entropy(z, ids, *options)
     ref_lp, ref_row_max, ref_log_sum = logprob(ref, ids, *options)
-    u = _rows(z, mask, temperature, temperatures, row_max)
-    difference = _against(u, _rows(ref, mask, temperature, temperatures, ref_row_max))
+    t = _temperature(temperature, temperatures, mask)
+    u = _rows(z, mask, t, row_max)
+    difference = _against(u, _rows(ref, mask, t, ref_row_max))
     p = (u - log_sum.unsqueeze(-1)).exp()
     # A p that underflows to 0 times a difference of +inf is +inf, not NaN.
     terms = torch.where(difference == torch.inf, torch.inf, p * difference)
-    kl = terms.sum(-1) - log_sum + ref_log_sum
+    kl = row_sum(terms) - log_sum + ref_log_sum
     kl = torch.where(row_max == -torch.inf, 0.0, kl)
     if mask is not None:
         kl = torch.where(mask, kl, 0.0)
@@ -186,20 +193,16 @@ def kl_divergence_backward(
     """Gradient of the policy's logits, in their dtype; a row whose KL is +inf gives none to kl."""
     mask = _token_mask(ids, mask)
     z, ref = logits.to(kl.dtype), ref_logits.to(kl.dtype)
-    u = _rows(z, mask, temperature, temperatures, row_max)
-    difference = _against(u, _rows(ref, mask, temperature, temperatures, ref_row_max))
+    t = _temperature(temperature, temperatures, mask)
+    u = _rows(z, mask, t, row_max)
+    difference = _against(u, _rows(ref, mask, t, ref_row_max))
     p = (u - log_sum.unsqueeze(-1)).exp()
     dead = (kl == torch.inf) | (row_max == -torch.inf)
     if mask is not None:
         dead = dead | ~mask
     mean = (kl + log_sum - ref_log_sum).unsqueeze(-1)
     slope = torch.where(p == 0, 0.0, p * (difference - mean))
-    if temperatures is not None:
-        safe = temperatures if mask is None else torch.where(mask, temperatures, 1.0)
-        grad_kl = grad_kl / safe
-    else:
-        grad_kl = grad_kl / temperature
-    dz = torch.where(dead.unsqueeze(-1), 0.0, grad_kl.unsqueeze(-1) * slope)
+    dz = torch.where(dead.unsqueeze(-1), 0.0, grad_kl.unsqueeze(-1) / t * slope)
     if ids is not None and (grad_logprob is not None or grad_entropy is not None):
         dz = dz + logprob_backward(
             torch.zeros_like(kl) if grad_logprob is None else grad_logprob,

@@ -193,7 +193,8 @@ def prepare(
     tensor = None if tensor is None else tensor.reshape(-1)
     return (
         hidden.reshape(-1, hidden.shape[-1]), weight, ids.reshape(-1), bias, a, b, mask, number,
-        tensor, softcap, scale, scaling, int(ignore_index), name, _invariant.requested(),
+        tensor, softcap, scale, scaling, _args.integer("ignore_index", ignore_index), name,
+        _invariant.requested(),
     )  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def _prepare(logits, ids, temperature, mask, ignore_index, softcap):
     number, tensor = as_temperature(
         temperature, ids.shape, ids.device, _args.compute_dtype(logits.dtype)
     )
-    return logits, ids, mask, number, tensor, softcap, int(ignore_index)
+    return logits, ids, mask, number, tensor, softcap, _args.integer("ignore_index", ignore_index)
 
 
 def logprob(

@@ -3,12 +3,12 @@
 Each function has the name and the arguments of the torch op that it implements, without `backend`.
 With z the logits, c the softcap, t the temperature and y the id:
 
-    u = c tanh(z / c) / t          (-inf stays -inf)
-    m = max u,  s = log sum exp(u - m),  p = exp(u - m - s)
-    logprob = (u_y - m) - s
-    entropy = s - sum p (u - m)
+    x = c tanh(z / c)              (-inf stays -inf)
+    m = max x,  u = (x - m) / t,  s = log sum exp(u),  p = exp(u - s)
+    logprob = u_y - s
+    entropy = s - sum p u
     d logprob / du_j = [j = y] - p_j
-    d entropy / du_j = -p_j (u_j - m - (s - entropy))
+    d entropy / du_j = -p_j (u_j - (s - entropy))
 """
 
 from __future__ import annotations
@@ -18,17 +18,12 @@ import torch
 from rlhf_fast._args import compute_dtype
 
 
-def tempered(
-    logits: torch.Tensor,
-    temperature: float,
-    temperatures: torch.Tensor | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Logits in the arithmetic's dtype after softcap and temperature."""
-    u = logits.to(compute_dtype(logits.dtype))
-    if softcap is not None:
-        u = torch.where(u == -torch.inf, u, softcap * torch.tanh(u / softcap))
-    return u / (temperature if temperatures is None else temperatures.unsqueeze(-1))
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Logits in the arithmetic's dtype after the softcap."""
+    z = logits.to(compute_dtype(logits.dtype))
+    if softcap is None:
+        return z
+    return torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
 
 
 def live_tokens(ids: torch.Tensor, mask: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
@@ -43,19 +38,33 @@ def _clean(
     temperature: float,
     temperatures: torch.Tensor | None,
     softcap: float | None,
+) -> tuple[torch.Tensor, float | torch.Tensor]:
+    """(capped logits, temperature) with 0 and 1 in the rows that do not count."""
+    z = capped(torch.where(live.unsqueeze(-1), logits, logits.new_zeros(())), softcap)
+    if temperatures is None:
+        return z, temperature
+    return z, torch.where(live, temperatures, 1.0).unsqueeze(-1)
+
+
+def shifted(
+    z: torch.Tensor, row_max: torch.Tensor, temperature: float | torch.Tensor
 ) -> torch.Tensor:
-    """Tempered logits with zeros in the rows that do not count."""
-    if temperatures is not None:
-        temperatures = torch.where(live, temperatures, 1.0)
-    zero = logits.new_zeros(())
-    return tempered(
-        torch.where(live.unsqueeze(-1), logits, zero), temperature, temperatures, softcap
-    )
+    """(z - max) / t, with rows that are all -inf left at -inf instead of NaN.
+
+    In this order an offset of the row costs no digits: z / t - max / t would lose those of max / t.
+    """
+    return (z - torch.where(row_max == -torch.inf, 0.0, row_max).unsqueeze(-1)) / temperature
 
 
-def _shifted(u: torch.Tensor, row_max: torch.Tensor) -> torch.Tensor:
-    """u - max, with rows that are all -inf left at -inf instead of NaN."""
-    return u - torch.where(row_max == -torch.inf, 0.0, row_max).unsqueeze(-1)
+def row_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the last axis, with the same bits for a row alone and inside a batch.
+
+    torch shares the sum of one row among its threads where that row is all there is and has 32768
+    elements or more, and never splits one of two rows. The order also follows the strides.
+    """
+    if x.shape[:-1].numel() != 1:
+        return x.contiguous().sum(-1)
+    return x.reshape(1, -1).expand(2, -1).sum(-1)[0].view(x.shape[:-1])
 
 
 def logprob_entropy(
@@ -69,14 +78,14 @@ def logprob_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logprob, entropy, row_max, log_sum), each of the shape of `ids`; 0 where masked."""
     live = live_tokens(ids, mask, ignore_index)
-    u = _clean(logits, live, temperature, temperatures, softcap)
-    row_max = u.amax(-1)
-    u = _shifted(u, row_max)
+    z, t = _clean(logits, live, temperature, temperatures, softcap)
+    row_max = z.amax(-1)
+    u = shifted(z, row_max, t)
     e = u.exp()
-    total = e.sum(-1)
+    total = row_sum(e)
     empty = total == 0
     log_sum = torch.where(empty, 0.0, total.log())
-    weighted = torch.where(e == 0, 0.0, e * u).sum(-1) / torch.where(empty, 1.0, total)
+    weighted = row_sum(torch.where(e == 0, 0.0, e * u)) / torch.where(empty, 1.0, total)
     y = torch.where(live, ids, 0).to(torch.int64).unsqueeze(-1)
     logprob = u.gather(-1, y).squeeze(-1) - log_sum
     zero = torch.zeros_like(log_sum)
@@ -120,7 +129,8 @@ def logprob_backward(
     At j = y the factor 1 - p_y is -expm1(logprob), which does not cancel when p_y is close to 1.
     """
     live = live_tokens(ids, mask, ignore_index)
-    u = _shifted(_clean(logits, live, temperature, temperatures, softcap), row_max)
+    z, t = _clean(logits, live, temperature, temperatures, softcap)
+    u = shifted(z, row_max, t)
     p = (u - log_sum.unsqueeze(-1)).exp()
     y = torch.where(live, ids, 0).to(torch.int64).unsqueeze(-1)
     logprob_y = u.gather(-1, y) - log_sum.unsqueeze(-1)
@@ -134,8 +144,4 @@ def logprob_backward(
     if softcap is not None:
         z = torch.where(live.unsqueeze(-1), logits, logits.new_zeros(())).to(du.dtype)
         du = du * (1 - torch.tanh(z / softcap) ** 2)
-    if temperatures is None:
-        du = du / temperature
-    else:
-        du = du / torch.where(live, temperatures, 1.0).unsqueeze(-1)
-    return torch.where(live.unsqueeze(-1), du, 0.0).to(logits.dtype).contiguous()
+    return torch.where(live.unsqueeze(-1), du / t, 0.0).to(logits.dtype).contiguous()

@@ -140,7 +140,8 @@ _dispatch.define(
 
 
 def _scale(grad, unit, source):
-    return unit * grad
+    # 0 stays 0 where the upstream gradient overflowed: a masked token gets nothing, not 0 * inf.
+    return torch.where(unit == 0, 0.0, unit * grad)
 
 
 # grad * unit, as an op of its own so that a second derivative raises: `source`, the tensor whose

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from rlhf_fast.kernels.kl.reference import kl_estimate, kl_estimate_backward
+from rlhf_fast.kernels.logprob.reference import row_sum
 
 STATS = (
     "policy_loss",
@@ -107,8 +108,19 @@ def _ratios(
     exponent = log_ratio
     if kind == "gspo":
         counts = mask.sum(1, keepdim=True).clamp(min=1)
-        exponent = (log_ratio.sum(1, keepdim=True) / counts).expand_as(log_ratio)
+        exponent = (row_sum(log_ratio).unsqueeze(1) / counts).expand_as(log_ratio)
     return Ratios(difference, log_ratio, inside, exponent.exp())
+
+
+def sigmoids(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sigmoid(x), sigmoid(-x)), to full relative accuracy at both ends.
+
+    `torch.sigmoid` rounds the last few elements of a tensor differently from the others, so that a
+    token's bits would depend on its place; exp does not.
+    """
+    e = torch.exp(-x.abs())
+    small, large = e / (1 + e), 1 / (1 + e)
+    return torch.where(x < 0, small, large), torch.where(x < 0, large, small)
 
 
 def _bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
@@ -171,10 +183,9 @@ def _terms(
     elif kind == "sapo":
         positive, other = SAPO_TAU
         tau = torch.where(advantages > 0, positive, other).to(rho.dtype)
-        x = tau * (rho - 1)
-        gate = torch.sigmoid(x)
+        gate, rest = sigmoids(tau * (rho - 1))
         loss = -advantages * (4 / tau) * gate
-        slope = -4 * advantages * rho * gate * torch.sigmoid(-x)
+        slope = -4 * advantages * rho * gate * rest
         terms = Terms(loss, slope, none, none, none)
     else:
         terms = _clipped_terms(advantages, rho, low, high, dual_clip)

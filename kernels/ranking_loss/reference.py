@@ -10,7 +10,8 @@ With i ranked before j (rank_i < rank_j), both unmasked:
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from rlhf_fast.kernels.ppo_loss.reference import sigmoids
 
 
 def ranking_loss(
@@ -24,6 +25,7 @@ def ranking_loss(
     x = scores.unsqueeze(2) - scores.unsqueeze(1) - margin
     counts = pairs.sum((1, 2))
     weight = 1.0 / (counts.clamp(min=1) * (counts > 0).sum().clamp(min=1)).to(x.dtype)
-    terms = torch.where(pairs, -F.logsigmoid(x), 0.0)
-    slopes = torch.where(pairs, torch.sigmoid(-x), 0.0) * weight[:, None, None]
+    losses = torch.log1p(torch.exp(-x.abs())) + torch.clamp(-x, min=0.0)
+    terms = torch.where(pairs, losses, 0.0)
+    slopes = torch.where(pairs, sigmoids(x)[1], 0.0) * weight[:, None, None]
     return (terms.sum((1, 2)) * weight).sum(), slopes.sum(1) - slopes.sum(2)
