@@ -5,9 +5,9 @@ import math
 import numpy
 import pytest
 import torch
-from rlhf_fast.kernels.sample import reference, reference_draw
 
 import rlhf_fast
+from rlhf_fast.kernels.sample import reference, reference_draw
 from rlhf_fast.testing import (
     assert_same_bits,
     device_of,
@@ -330,36 +330,31 @@ def test_a_row_alone_is_summed_like_a_row_among_others():
 
 @pytest.mark.parametrize("rows, vocabulary", [(33, 1000), (4, 50_257)])
 def test_rows_do_not_depend_on_the_batch(sampler, rows, vocabulary):
-    """Alone, permuted, in a larger batch, in another slot: the same bits, with two threads too."""
+    """Alone, permuted, in a larger batch, in another slot: the same bits."""
     logits = (3 * randn(rows, vocabulary, seed=5)).to(sampler)
     seeds = torch.arange(rows, device=sampler) * 12345
     position = torch.arange(rows, device=sampler) % 3
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(sampler)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for parameters in ({}, {"top_k": 20}, {"top_p": 0.5, "temperature": 0.6}, {"min_p": 0.01}):
-            whole = rlhf_fast.sample(logits, seed=seeds, position=position, **parameters)
-            mixed = rlhf_fast.sample(
-                logits[order], seed=seeds[order], position=position[order], **parameters
+    for parameters in ({}, {"top_k": 20}, {"top_p": 0.5, "temperature": 0.6}, {"min_p": 0.01}):
+        whole = rlhf_fast.sample(logits, seed=seeds, position=position, **parameters)
+        mixed = rlhf_fast.sample(
+            logits[order], seed=seeds[order], position=position[order], **parameters
+        )
+        larger = rlhf_fast.sample(
+            torch.cat((logits, logits[:2] / 2)),
+            seed=torch.cat((seeds, seeds[:2])),
+            position=torch.cat((position, position[:2])),
+            **parameters,
+        )
+        for name, x, y, z in zip(whole._fields, whole, mixed, larger, strict=True):
+            assert_same_bits(name, y, x[order])
+            assert_same_bits(name, z[:rows], x)
+        for b in (0, rows - 1):
+            alone = rlhf_fast.sample(
+                logits[b : b + 1], seed=int(seeds[b]), position=int(position[b]), **parameters
             )
-            larger = rlhf_fast.sample(
-                torch.cat((logits, logits[:2] / 2)),
-                seed=torch.cat((seeds, seeds[:2])),
-                position=torch.cat((position, position[:2])),
-                **parameters,
-            )
-            for name, x, y, z in zip(whole._fields, whole, mixed, larger, strict=True):
-                assert_same_bits(name, y, x[order])
-                assert_same_bits(name, z[:rows], x)
-            for b in (0, rows - 1):
-                alone = rlhf_fast.sample(
-                    logits[b : b + 1], seed=int(seeds[b]), position=int(position[b]), **parameters
-                )
-                for name, x, y in zip(whole._fields, whole, alone, strict=True):
-                    assert_same_bits(name, y, x[b : b + 1])
-    finally:
-        torch.set_num_threads(threads)
+            for name, x, y in zip(whole._fields, whole, alone, strict=True):
+                assert_same_bits(name, y, x[b : b + 1])
 
 
 def test_backends_draw_alike(sampler):

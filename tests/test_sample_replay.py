@@ -114,6 +114,28 @@ def test_replay_lets_nan_through(replayer):
         assert logprob.isnan().tolist() == log_mass.isnan().tolist() == [True, True, False]
 
 
+def test_compiled_without_a_graph_break():
+    """Ints that change from call to call, tensors, and a loss that uses one of the two results."""
+
+    def step(logits, seed, position):
+        ids = rlhf_fast.sample(logits, seed=seed, position=position, top_k=5).ids
+        return rlhf_fast.replay_logprob(logits, ids, top_k=5)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    logits = randn(4, 20, seed=13).requires_grad_()
+    rows = torch.arange(4)
+    for seed, position in ((1, 0), (2, 1), (2**64 - 1, 2), (rows, 3), (rows, rows)):
+        for used in (0, 1):
+            outputs, gradients = [], []
+            for function in (step, compiled):
+                outputs += function(logits, seed, position)
+                gradients += torch.autograd.grad(outputs[-2 + used].sum(), logits)
+            assert_same_bits("logprob", outputs[2], outputs[0])
+            assert_same_bits("log_mass", outputs[3], outputs[1])
+            assert_same_bits("gradient", *gradients)
+
+
 # ---------------------------------------------------------------------------------------- errors
 
 

@@ -245,10 +245,10 @@ def sample(
 
     The draw depends on (the row's logits, seed, position) alone, not on the batch, the slot, the
     device or the backend: the token v in K with the smallest E_v / p_v wins, where the exponential
-    number E_v comes from Philox4x32-10 keyed on (seed, position, v). `kernels/sample/reference.py`
-    lays down the bits. Sources: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-    2011; Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020 (top-p); Nguyen et
-    al., "Turning Up the Heat: Min-p Sampling", 2024.
+    number E_v comes from Philox4x32-10 keyed on (seed, position, v). `reference_draw.py` beside
+    this file lays down the bits. Sources: Salmon et al., "Parallel random numbers: as easy as 1,
+    2, 3", 2011; Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020 (top-p);
+    Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024.
 
     Args:
         logits: `[B, V]` float64, float32, float16 or bfloat16, of any strides; -inf is legal.
