@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,83 +10,23 @@ import transformers
 import rlhf_fast
 from rlhf_fast.rollout.models import FAMILIES
 from rlhf_fast.rollout.prompts import _mix, row_seed
-from rlhf_fast.rollout.slots import SlotCache, Step
-from rlhf_fast.testing import assert_same_bits
-
-V = 67
-TRUNCATED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
-SAMPLINGS = ({}, {"temperature": 0.7}, TRUNCATED, {"temperature": 1.3, "min_p": 0.05})
-
-
-def tiny(family="llama", *, vocabulary=V, scale=6.0, **options):
-    """A random model of `family` whose logits are far enough apart that no argmax is a tie."""
-    config = {
-        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
-        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-    }  # fmt: skip
-    if family not in ("gpt2", "gpt_neox", "opt"):
-        config["num_key_value_heads"] = 2
-    config |= {
-        "gemma": {"head_dim": 8},
-        "gemma2": {
-            "head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 5.0,
-            "final_logit_softcapping": 8.0, "query_pre_attn_scalar": 8,
-        },
-        "gpt2": {"n_inner": 48, "scale_attn_by_inverse_layer_idx": True},
-        "mistral": {"sliding_window": 6, "head_dim": 8},
-        "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.1},
-        "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-        "qwen3": {"head_dim": 8},
-    }.get(family, {})  # fmt: skip
-    torch.manual_seed(0)
-    auto = transformers.AutoConfig.for_model(family, **config | options)
-    model = transformers.AutoModelForCausalLM.from_config(auto)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(scale)
-    return model.train()
-
-
-def some_prompts(*lengths, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(V, (n,), generator=generator) for n in lengths]
-
-
-PROMPTS = some_prompts(3, 9, 1, 12, 5, 7, 2)
+from tests.rollout_models import (
+    PROMPTS,
+    SAMPLINGS,
+    V,
+    assert_same_state,
+    compare_with_forward,
+    greedy,
+    hf_greedy,
+    plain_logits,
+    state_of,
+    tiny,
+)
 
 
 @pytest.fixture
 def model():
     return tiny()
-
-
-def greedy(model, prompts, **options):
-    return rlhf_fast.generate(model, prompts, temperature=0.0, **options)
-
-
-def plain_logits(model, prompt, response):
-    """`[T, V]`: the rows that predict the response, by one forward without a cache."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    with torch.no_grad():
-        logits = model(torch.cat((prompt, response))[None], use_cache=False).logits
-    for module, mode in modes:
-        module.training = mode
-    return logits[0, len(prompt) - 1 : -1]
-
-
-def hf_greedy(model, prompt, max_new_tokens):
-    """The response of transformers' own `generate`."""
-    model.eval()
-    model.generation_config.eos_token_id = None
-    out = model.generate(
-        prompt[None], attention_mask=torch.ones_like(prompt[None]), pad_token_id=0,
-        do_sample=False, max_new_tokens=max_new_tokens,
-    )  # fmt: skip
-    model.train()
-    return out[0, len(prompt) :]
 
 
 # --------------------------------------------------------------------------- the two promises
@@ -106,17 +44,6 @@ def test_greedy_is_generate_and_logprobs_are_those_of_a_forward(family):
         for sampling in SAMPLINGS:
             out = r.generate(PROMPTS, max_new_tokens=12, eos_ids=(3, 4, 5), seed=5, **sampling)
             compare_with_forward(model, PROMPTS, out, sampling)
-
-
-def compare_with_forward(model, prompts, out, sampling):
-    for i, prompt in enumerate(prompts):
-        ids = out.ids[i, : out.lengths[i]]
-        logits = plain_logits(model, prompt, ids)
-        lp, log_mass = rlhf_fast.replay_logprob(logits, ids, **sampling)
-        options = {"temperature": sampling.get("temperature", 1.0)}
-        entropy = rlhf_fast.logprob_entropy(logits, ids, **options).entropy
-        for ours, truth in ((out.logprob, lp), (out.log_mass, log_mass), (out.entropy, entropy)):
-            torch.testing.assert_close(ours[i, : len(ids)], truth, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -209,30 +136,6 @@ def test_bfloat16_is_as_exact_as_a_forward():
 # --------------------------------------------------------------------------- the model afterwards
 
 
-def state_of(model):
-    return {
-        "modes": [m.training for m in model.modules()],
-        "attention": [
-            m.config._attn_implementation for m in model.modules() if "config" in vars(m)
-        ],
-        "config": [model.config.to_dict()],
-        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
-        "forward": [vars(m).get("forward") for m in model.modules()],
-        "requires": [p.requires_grad for p in model.parameters()],
-        "weights": [p.detach().clone() for p in model.parameters()],
-        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "random": [torch.get_rng_state()],
-        "grad mode": [torch.is_grad_enabled()],
-    }
-
-
-def assert_same_state(model, before):
-    for name, value in state_of(model).items():
-        for now, then in zip(value, before[name], strict=True):
-            same = torch.equal(now, then) if torch.is_tensor(now) else now == then
-            assert same, name
-
-
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_module_is_put_back(model, implementation):
     model.set_attn_implementation(implementation)
@@ -298,7 +201,7 @@ def test_config_switches_of_the_model_do_not_matter(model):
     )  # fmt: skip
     model.config.use_cache = False
     model.config.output_hidden_states = True
-    model.gradient_checkpointing_enable()
+    model.model.gradient_checkpointing = True
     out = rlhf_fast.generate(model, PROMPTS, max_new_tokens=5)
     assert torch.equal(out.ids, expected.ids) and out.finish_reason == ["length"] * 7
     rescored = rlhf_fast.generate(model, PROMPTS, max_new_tokens=5, logprobs="rescore")
@@ -335,246 +238,3 @@ def test_row_seeds_differ_and_are_pinned():
     assert row_seed(-1, 2, 3) == row_seed((1 << 64) - 1, 2, 3)
     assert _mix(0) == 0xE220A8397B1DCDAF  # the first number of SplitMix64 from state 0
     assert row_seed(0, 0, 0) == 2558736989570252433
-
-
-# --------------------------------------------------------------------------- EOS and shapes
-
-
-def cut(ids, eos_ids):
-    """(response up to its first EOS, why it ended)."""
-    for t, token in enumerate(ids):
-        if token in eos_ids:
-            return ids[: t + 1], "eos"
-    return ids, "length"
-
-
-def test_eos_by_lengths(model):
-    free = greedy(model, PROMPTS, max_new_tokens=9).ids.tolist()
-    first, last = free[0][0], free[1][8]
-    for eos_ids in ((), first, last, [first, last], (0,), torch.tensor([free[3][4], 0]), {last}):
-        chosen = eos_ids if not isinstance(eos_ids, int) else (eos_ids,)
-        chosen = [int(i) for i in chosen]
-        out = greedy(model, PROMPTS, max_new_tokens=9, eos_ids=eos_ids, max_slots=2)
-        expected = [cut(ids, chosen) for ids in free]
-        assert out.finish_reason == [reason for _, reason in expected]
-        assert out.lengths.tolist() == [len(ids) for ids, _ in expected]
-        assert out.ids.shape[1] == max(len(ids) for ids, _ in expected)
-        for row, mask, (ids, _) in zip(out.ids, out.mask, expected, strict=True):
-            assert row[: len(ids)].tolist() == ids and not row[len(ids) :].any()
-            assert mask.tolist() == [t < len(ids) for t in range(len(row))]
-
-
-def test_everything_ends_at_once(model):
-    out = rlhf_fast.generate(model, PROMPTS, max_new_tokens=9, eos_ids=range(V))
-    assert out.ids.shape == (7, 1) and out.finish_reason == ["eos"] * 7
-    assert (out.logprob < 0).all()  # the EOS token has its log-prob
-
-
-def test_output(model):
-    with torch.inference_mode():
-        out = rlhf_fast.generate(model, PROMPTS, n=2, max_new_tokens=9, eos_ids=(1, 2, 3, 4, 5, 6))
-    n, t = out.ids.shape
-    assert n == 14 and t == out.lengths.max() and len(out.lengths.unique()) > 2
-    assert out.ids.dtype == out.lengths.dtype == out.prompt_ids.dtype == torch.int64
-    assert out.mask.dtype == out.prompt_mask.dtype == torch.bool
-    for x in (out.logprob, out.log_mass, out.entropy):
-        assert x.dtype == torch.float32 and x.shape == (n, t)
-        assert not x[~out.mask].any() and x.isfinite().all()
-        (x * torch.ones(t, requires_grad=True)).sum().backward()
-    assert not out.ids[~out.mask].any()
-    tensors = [x for x in vars(out).values() if torch.is_tensor(x)]
-    assert len(tensors) == 8 and not any(x.is_inference() or x.requires_grad for x in tensors)
-    for i in range(n):
-        prompt = PROMPTS[i // 2]
-        row = [0] * (12 - len(prompt)) + prompt.tolist()
-        assert out.prompt_ids[i].tolist() == row
-        assert out.prompt_mask[i].tolist() == [c >= 12 - len(prompt) for c in range(12)]
-    assert out.seconds > 0
-    assert out.tokens_per_second == pytest.approx(int(out.lengths.sum()) / out.seconds)
-
-
-def padded(prompts, side, garbage):
-    width = max(map(len, prompts)) + 2
-    ids = torch.tensor(garbage).repeat(len(prompts), width)[:, :width]
-    mask = torch.zeros(len(prompts), width)
-    for i, p in enumerate(prompts):
-        place = slice(1, 1 + len(p)) if side == "right" else slice(width - len(p), width)
-        ids[i, place], mask[i, place] = p, 0.5
-    return ids, mask
-
-
-def test_forms_of_prompts(model):
-    expected = rlhf_fast.generate(model, PROMPTS, max_new_tokens=6)
-    for prompts in (
-        [p.tolist() for p in PROMPTS],
-        tuple(PROMPTS),
-        [p.int() for p in PROMPTS],
-        padded(PROMPTS, "left", [0]),
-        padded(PROMPTS, "right", [-5, 10**6]),
-    ):
-        out = rlhf_fast.generate(model, prompts, max_new_tokens=6)
-        assert_same_bits("logprob", out.logprob, expected.logprob)
-        for name in ("ids", "prompt_ids", "prompt_mask"):
-            assert torch.equal(getattr(out, name), getattr(expected, name))
-
-
-def test_no_prompts(model):
-    out = rlhf_fast.generate(model, [], max_new_tokens=4, logprobs="rescore")
-    assert out.ids.shape == out.logprob.shape == (0, 0) and out.finish_reason == []
-
-
-def test_progress_bar(model, capsys):
-    rlhf_fast.generate(model, PROMPTS, max_new_tokens=2, progress=True)
-    assert "7/7" in capsys.readouterr().err
-    rlhf_fast.generate(model, PROMPTS, max_new_tokens=2)
-    assert capsys.readouterr().err == ""
-
-
-# --------------------------------------------------------------------------- errors
-
-IDS = torch.ones(2, 3, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"prompts": [[1], []]}, ValueError),
-        ({"prompts": (IDS, torch.tensor([[1, 1, 1], [0, 0, 0]]))}, ValueError),
-        ({"prompts": (IDS, torch.ones(2, 4))}, ValueError),
-        ({"prompts": [[1, V]]}, ValueError),
-        ({"prompts": [[-1]]}, ValueError),
-        ({"prompts": [torch.ones(1, 2, dtype=torch.long)]}, ValueError),
-        ({"prompts": [[0.5]]}, TypeError),
-        ({"prompts": ["hello"]}, TypeError),
-        ({"prompts": "hello"}, TypeError),
-        ({"prompts": 3}, TypeError),
-        ({"prompts": [[1] * 30], "max_new_tokens": 3}, ValueError),
-        ({"max_new_tokens": 0}, ValueError),
-        ({"max_new_tokens": 2.5}, TypeError),
-        ({"n": 0}, ValueError),
-        ({"temperature": -0.1}, ValueError),
-        ({"temperature": math.nan}, ValueError),
-        ({"temperature": math.inf}, ValueError),
-        ({"temperature": "hot"}, TypeError),
-        ({"top_k": -1}, ValueError),
-        ({"top_p": 0.0}, ValueError),
-        ({"top_p": 1.5}, ValueError),
-        ({"min_p": -0.5}, ValueError),
-        ({"min_p": 2}, ValueError),
-        ({"eos_ids": V}, ValueError),
-        ({"eos_ids": None}, TypeError),
-        ({"seed": 1 << 64}, ValueError),
-        ({"seed": 0.5}, TypeError),
-        ({"logprobs": "raw"}, ValueError),
-    ],
-)  # fmt: skip
-def test_bad_arguments_before_anything_is_generated(model, options, error):
-    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
-    before = state_of(model)
-    with rlhf_fast.rollout(model, max_len=32) as r, pytest.raises(error):
-        r.generate(**{"prompts": PROMPTS, "max_new_tokens": 2} | options)
-    assert_same_state(model, before)
-
-
-def test_positions_that_end():
-    model = tiny("gpt2")
-    assert greedy(model, [[1] * 60], max_new_tokens=4).ids.shape == (1, 4)
-    with pytest.raises(ValueError, match="max_position_embeddings=64"):
-        greedy(model, [[1] * 60], max_new_tokens=5)
-
-
-@pytest.mark.parametrize("slots", [{"max_slots": 0}, {"max_len": 0}])
-def test_bad_slots(model, slots):
-    with pytest.raises(ValueError, match=next(iter(slots))):
-        rlhf_fast.rollout(model, **slots)
-
-
-def test_nan_logits_are_an_error_and_leave_nothing_behind(model):
-    expected = greedy(model, PROMPTS, max_new_tokens=6)
-    weight = model.lm_head.weight.detach().clone()
-    model.lm_head.weight.data[3] = torch.nan
-    with rlhf_fast.rollout(model) as r:
-        with pytest.raises(ValueError, match="logits"):
-            r.generate(PROMPTS, max_new_tokens=6)
-        model.lm_head.weight.data.copy_(weight)
-        assert torch.equal(r.generate(PROMPTS, max_new_tokens=6, temperature=0.0).ids, expected.ids)
-
-
-# --------------------------------------------------------------------------- which models
-
-SMALL = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-
-
-def build(auto, family, **options):
-    return getattr(transformers, auto).from_config(
-        transformers.AutoConfig.for_model(family, **SMALL | {"intermediate_size": 32} | options)
-    )
-
-
-@pytest.mark.parametrize("family", ["bloom", "gptj", "falcon", "mamba", "gpt_neo"])
-def test_models_that_cannot_be_driven(family):
-    options = {
-        "gptj": {"rotary_dim": 4},
-        "gpt_neo": {"num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]},
-    }.get(family, {})
-    if family == "gpt_neo":
-        config = transformers.AutoConfig.for_model(family, vocab_size=V, hidden_size=32, **options)
-        other = transformers.AutoModelForCausalLM.from_config(config)
-    else:
-        other = build("AutoModelForCausalLM", family, **options)
-    before = state_of(other)
-    with pytest.raises(NotImplementedError, match=family):
-        rlhf_fast.rollout(other)
-    assert_same_state(other, before)
-
-
-@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_rotary_embeddings_that_look_at_the_batch_are_refused(rope):
-    parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0}
-    if rope == "longrope":
-        parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-                       "original_max_position_embeddings": 32}  # fmt: skip
-    with pytest.raises(NotImplementedError, match=rope):
-        rlhf_fast.rollout(tiny("llama", rope_parameters=parameters))
-
-
-def test_what_is_no_causal_lm(model):
-    t5 = transformers.T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    others = (
-        torch.nn.Linear(2, 2),
-        None,
-        model.model,
-        build("AutoModelForMaskedLM", "bert"),
-        build("AutoModelForSequenceClassification", "llama"),
-        transformers.T5ForConditionalGeneration(t5),
-    )
-    for other in others:
-        with pytest.raises(TypeError, match="causal LM"):
-            rlhf_fast.rollout(other)
-
-
-# --------------------------------------------------------------------------- parts
-
-
-def test_a_refilled_slot_holds_nothing_of_its_last_owner():
-    cache = SlotCache(layers=1, slots=2, columns=6)
-    rows, columns = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])
-    new = torch.ones(1, 2, 3, 4)
-    cache.step = Step(rows, columns, lengths=[2, 1])
-    cache.update(new, new, 0)
-    cache.layers[0].keys.fill_(torch.nan)
-    cache.step = Step(rows[:2], columns[:2], lengths=[2])
-    cache.update(new[:, :, :2], new[:, :, :2], 0)
-    assert cache.layers[0].keys[0, :, :, 0].tolist() == [[1, 1, 0, 0, 0, 0]] * 2
-    assert cache.layers[0].keys[1].isnan().all()
-
-
-def test_import_is_light_and_the_name_is_the_function():
-    code = (
-        "import sys, rlhf_fast\n"
-        "assert 'transformers' not in sys.modules\n"
-        "import rlhf_fast.rollout\n"
-        "from rlhf_fast.rollout.api import rollout\n"
-        "assert rlhf_fast.rollout is rollout\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -98,8 +98,6 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.columns
 
-    get_max_cache_shape = get_max_length  # its name in transformers 5.0
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
 
