@@ -29,7 +29,7 @@ from rlhf_fast.train.models import load_causal_lm, load_tokenizer
 COMPLETIONS = 4  # K of the ranked completions
 RANKED_PROMPTS = 1000
 GOLD = "rlhf_fast.train.corpus:gold"
-COMMON = {
+COMMON: dict[str, Any] = {
     "max_prompt_tokens": 40,
     "max_response_tokens": 64,
     "max_new_tokens": 64,
@@ -131,9 +131,10 @@ def run(config: Config) -> bool:
         print(f"[{time.perf_counter() - start:4.0f} s] {text}", flush=True)
 
     def stage(name: str, **options: Any) -> Config:
-        found = replace(config, output=str(output / name), **COMMON, **SETTINGS[name], **options)
-        short = config.steps and {"steps": min(config.steps, found.steps), "eval_batches": 1}
-        return replace(found, **short) if short else found
+        values = COMMON | SETTINGS[name] | options | {"output": str(output / name)}
+        if config.steps:
+            values |= {"steps": min(config.steps, values["steps"]), "eval_batches": 1}
+        return replace(config, **values)
 
     def data(name: str) -> str:
         return str(files / name)

@@ -68,10 +68,11 @@ def preferences(
     for record in bar:
         examples = [batches.encode(tokenizer, config, record.prompt, c) for c in record.completions]
         found = [score(part) for part in batches.chunks(examples, config.micro_batch)]
+        ranks = record.ranks or ()
         for name in found[0]:
             values = torch.cat([part[name] for part in found]).tolist()
-            for i, better in enumerate(record.ranks):
-                for j, worse in enumerate(record.ranks):
+            for i, better in enumerate(ranks):
+                for j, worse in enumerate(ranks):
                     if better < worse:
                         right = (values[i] > values[j]) + 0.5 * (values[i] == values[j])
                         yield name, record.category or "all", right

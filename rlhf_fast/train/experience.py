@@ -45,15 +45,13 @@ class Experience:
 
     def take(self, rows: torch.Tensor) -> Experience:
         """Some of the rows."""
-        return Experience(*(None if x is None else x[rows] for x in self._tensors()))
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Experience(**{k: None if x is None else x[rows] for k, x in values.items()})
 
     def chunks(self, size: int) -> Iterator[Experience]:
         """Consecutive pieces of `size` rows."""
         for first in range(0, len(self), size):
             yield self.take(torch.arange(first, min(first + size, len(self))))
-
-    def _tensors(self) -> Iterator[torch.Tensor | None]:
-        return (getattr(self, field.name) for field in fields(self))
 
 
 def gold_function(config: Config) -> Gold | None:
@@ -68,9 +66,9 @@ def gold_function(config: Config) -> Gold | None:
 
 
 def response_logprobs(
-    model: Any, part: Experience, temperature: float, *, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(log-probs [N, T], entropies [N, T] or None) of the responses, in nats.
+    model: Any, part: Experience, temperature: float, *, entropy: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """(log-probs [N, T],) of the responses, in nats; with `entropy` also entropies [N, T].
 
     Only the logits that predict a response token are computed: never [N, S + T, V].
     """
@@ -82,10 +80,10 @@ def response_logprobs(
         logits_to_keep=length + 1,
         use_cache=False,
     ).logits[:, :-1]
-    options = {"temperature": temperature, "mask": part.mask}
+    options: dict[str, Any] = {"temperature": temperature, "mask": part.mask}
     if entropy:
         return rlhf_fast.logprob_entropy(logits, part.ids, **options)
-    return rlhf_fast.logprob(logits, part.ids, **options), None
+    return (rlhf_fast.logprob(logits, part.ids, **options),)
 
 
 def response_values(model: Any, part: Experience) -> torch.Tensor:
@@ -147,7 +145,7 @@ class Actors:
         t = self.config.temperature
         scores = at_last_token(self.reward(part.sequence, part.sequence_mask), part.sequence_mask)
         logprob, entropy = response_logprobs(self.policy, part, t, entropy=True)
-        ref_logprob, _ = response_logprobs(self.reference, part, t, entropy=False)
+        (ref_logprob,) = response_logprobs(self.reference, part, t)
         values = torch.zeros_like(logprob)
         if self.value is not None:
             values = response_values(self.value, part)

@@ -32,7 +32,7 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def _load(auto: Any, name: str) -> nn.Module:
+def _load(auto: Any, name: str) -> Any:
     """Weights in float32; a folder with a config.json alone is a new model with random weights."""
     folder = Path(folder_of(name))
     if (folder / "config.json").is_file() and not any(
@@ -42,7 +42,7 @@ def _load(auto: Any, name: str) -> nn.Module:
     return auto.from_pretrained(str(folder), dtype=torch.float32)
 
 
-def load_causal_lm(name: str) -> nn.Module:
+def load_causal_lm(name: str) -> Any:
     """A language model in float32."""
     return _load(AutoModelForCausalLM, name)
 
@@ -54,7 +54,7 @@ class ScalarModel(nn.Module):
     0 (Stiennon et al., "Learning to summarize from human feedback", 2020).
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone
         size = backbone.get_input_embeddings().embedding_dim

@@ -155,7 +155,7 @@ def cases(output: Path) -> list[Case]:
     policy, reference = load_causal_lm(str(output / "ppo")), load_causal_lm(config.model)
     reward = load_scalar_model(config.reward_model)
     actors = Actors(
-        config, tokenizer, *(m.eval() for m in (policy, reference, reward)), reward.eval()
+        config, tokenizer, policy.eval(), reference.eval(), reward.eval(), reward.eval()
     )
     prompts = [record.prompt for record in load(config.eval_data)][:ROWS]
     rollout = actors.collect(prompts, config.seed, torch.device("cpu"))

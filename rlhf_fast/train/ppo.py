@@ -31,7 +31,7 @@ from rlhf_fast.train.config import Config, parse
 from rlhf_fast.train.data import load
 from rlhf_fast.train.experience import Actors, Experience, response_logprobs, response_values
 from rlhf_fast.train.models import load_causal_lm, load_scalar_model, load_tokenizer
-from rlhf_fast.train.run import Run
+from rlhf_fast.train.run import Run, epochs_to_steps
 from rlhf_fast.train.sft import cross_entropy
 
 # Statistics of a loss that go into the metrics.
@@ -85,7 +85,7 @@ def policy_gradient_loss(
 ) -> rlhf_fast.Loss:
     """The loss of some rows of a rollout; token sums are divided by `normalizer`."""
     wants_entropy = config.algorithm == "ppo" and config.entropy_coef != 0
-    logprob, entropy = response_logprobs(policy, part, config.temperature, entropy=wants_entropy)
+    logprob, *more = response_logprobs(policy, part, config.temperature, entropy=wants_entropy)
     if config.algorithm == "reinforce":
         return rlhf_fast.policy_loss(
             logprob, part.logprob, part.advantages, part.mask, kind="reinforce",
@@ -106,9 +106,28 @@ def policy_gradient_loss(
     return rlhf_fast.ppo_loss(
         logprob, part.logprob, part.advantages, values, part.values, part.returns, part.mask,
         clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
-        value_clip=config.value_clip, value_coef=config.value_coef, entropy=entropy,
-        entropy_coef=config.entropy_coef, normalizer=normalizer,
+        value_clip=config.value_clip, value_coef=config.value_coef,
+        entropy=more[0] if more else None, entropy_coef=config.entropy_coef, normalizer=normalizer,
     )  # fmt: skip
+
+
+def load_models(run: Run) -> tuple[Any, Any, Any, Any, Any]:
+    """(tokenizer, policy, reference, reward model, value model or None) that the options name."""
+    config = run.config
+    tokenizer = load_tokenizer(config.model)
+    if load_tokenizer(config.reward_model).get_vocab() != tokenizer.get_vocab():
+        raise ValueError("reward_model: expected the tokenizer of model, got another vocabulary")
+    policy, reference = load_causal_lm(config.model), load_causal_lm(config.model)
+    reward, value = load_scalar_model(config.reward_model), None
+    if config.algorithm != "reinforce":
+        start = config.reward_model if config.value_from == "reward" else config.model
+        value = load_scalar_model(start)
+    for frozen in (reference, reward):
+        frozen.requires_grad_(False).to(run.device)
+    for model in (policy, reference, reward, value):
+        if model is not None:
+            model.eval()
+    return tokenizer, policy, reference, reward, value
 
 
 def train(config: Config) -> dict[str, float]:
@@ -117,43 +136,22 @@ def train(config: Config) -> dict[str, float]:
     if config.ptx_coef:
         config.need("ppo with ptx_coef", "pretraining_data")
     run = Run("ppo", config)
-    tokenizer = load_tokenizer(config.model)
-    if load_tokenizer(config.reward_model).get_vocab() != tokenizer.get_vocab():
-        raise ValueError("reward_model: expected the tokenizer of model, got another vocabulary")
-    policy, reference = load_causal_lm(config.model), load_causal_lm(config.model)
-    reward = load_scalar_model(config.reward_model)
-    value = None
-    if config.algorithm != "reinforce":
-        value = load_scalar_model(
-            config.reward_model if config.value_from == "reward" else config.model
-        )
-    for frozen in (reference, reward):
-        frozen.requires_grad_(False).eval().to(run.device)
-    trained = [policy] if value is None else [policy, value]
-    prepared, optimizer = run.prepare(*trained)
-    policy, value = prepared[0], prepared[1] if value is not None else None
-    for module in prepared:
-        module.eval()
+    tokenizer, *models = load_models(run)
+    actors = Actors(config, tokenizer, *models)
+    # The same modules as the actors', wrapped where there are several ranks.
+    (policy, *rest), optimizer = run.prepare(*(m for m in (models[0], models[3]) if m is not None))
+    value = rest[0] if rest else None
     kl_controller = KLController(config)
     run.accelerator.register_for_checkpointing(kl_controller)
-
-    unwrap = run.accelerator.unwrap_model
-    actors = Actors(
-        config,
-        tokenizer,
-        unwrap(policy),
-        reference,
-        reward,
-        None if value is None else unwrap(value),
-    )
     records, held_out = batches.split(config, "ppo")
-    prompts = [record.prompt for record in records if record.prompt]
-    eval_prompts = [record.prompt for record in held_out if record.prompt]
+    prompts, eval_prompts = (
+        [record.prompt for record in part if record.prompt] for part in (records, held_out)
+    )
     if not prompts:
         raise ValueError(f"data: expected prompts, got none in {config.data}")
     pretraining = Pretraining(run, tokenizer) if config.ptx_coef else None
     order = batches.Order(len(prompts), config.seed)
-    steps = config.steps or -(-len(prompts) // config.batch_size) * config.epochs
+    steps = epochs_to_steps(config, len(prompts))
     done = run.resume()
     result = {}
     if done == 0 and eval_prompts:
@@ -185,7 +183,7 @@ def train(config: Config) -> dict[str, float]:
         run.log(step + 1, metrics)
 
     def write_model(folder) -> None:
-        unwrap(policy).save_pretrained(folder)
+        actors.policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     run.finish(write_model)
@@ -206,11 +204,11 @@ def improve(
     passes, pieces = 1, 1
     if config.algorithm == "ppo":
         passes, pieces = config.ppo_epochs, config.minibatches
-    history = []
+    history: list[dict[str, float]] = []
     for number in range(passes):
         generator = torch.Generator().manual_seed((config.seed << 32) + (step << 8) + number)
         for chosen in torch.randperm(len(rollout), generator=generator).tensor_split(pieces):
-            ptx = []
+            ptx: list[Batch] = []
             if pretraining is not None:
                 ptx = pretraining.batch(step * passes * pieces + len(history), pieces)
             minibatch = rollout.take(chosen)
@@ -235,11 +233,11 @@ def update(
             run.accelerator.backward(out.loss)
         # Losses are sums over `normalizer`, the other statistics means over this part's tokens.
         totals += torch.stack((out.stats / run.ranks, out.stats * part.mask.sum() / tokens))
-    ptx_tokens = run.sum(sum((part.response[:, 1:].sum() for part in ptx), tokens.new_zeros(())))
+    ptx_tokens = run.sum(sum((text.response[:, 1:].sum() for text in ptx), tokens.new_zeros(())))
     ptx_loss = torch.zeros((), device=run.device)
-    for number, part in enumerate(ptx, 1):
+    for number, text in enumerate(ptx, 1):
         with run.accumulating(number < len(ptx), policy):
-            nats = cross_entropy(policy, part) / ptx_tokens
+            nats = cross_entropy(policy, text) / ptx_tokens
             run.accelerator.backward(config.ptx_coef * run.ranks * nats)
         ptx_loss += nats.detach()
     norm = run.update(optimizer, *modules)

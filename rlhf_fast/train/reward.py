@@ -36,7 +36,7 @@ def encode_ranked(tokenizer: Any, config: Config, records: Sequence[Record]) -> 
     return [
         Ranked(
             [batches.encode(tokenizer, config, record.prompt, text) for text in record.completions],
-            record.ranks,
+            record.ranks or (),
         )
         for record in records
         if record.has_pair
@@ -105,7 +105,7 @@ def train(config: Config) -> dict[str, float]:
     """Run the stage; the held-out accuracy before and behind it."""
     config.need("reward", "model", "data")
     run = Run("reward", config)
-    tokenizer, model = load_tokenizer(config.model), load_scalar_model(config.model)
+    tokenizer, scorer = load_tokenizer(config.model), load_scalar_model(config.model)
     filler = batches.pad_id(tokenizer)
     records, rest = batches.split(config, "reward")
     prompts, eval_prompts = (encode_ranked(tokenizer, config, part) for part in (records, rest))
@@ -113,7 +113,7 @@ def train(config: Config) -> dict[str, float]:
         raise ValueError(f"data: expected ranked completions, found no pair in {config.data}")
     steps = epochs_to_steps(config, len(prompts))
     order = batches.Order(len(prompts), config.seed)
-    (model,), optimizer = run.prepare(model)
+    (model,), optimizer = run.prepare(scorer)
     model.train()
     done = run.resume()
     first = last = None

@@ -212,7 +212,7 @@ class Run:
         """Append a line to metrics.jsonl and show it beside the progress bar."""
         if not self.main:
             return
-        line = {"step": step, "time": round(time.time(), 3)}
+        line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         line |= {name: _rounded(value) for name, value in metrics.items()}
         _append(self.output / "metrics.jsonl", [line])
         shown = ("loss", "accuracy", "score", "gold", "kl", "tokens_per_second")

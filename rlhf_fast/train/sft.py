@@ -83,7 +83,7 @@ def train(config: Config) -> dict[str, float]:
             batches.pad(part, filler, run.device)
             for part in batches.chunks(rows, config.micro_batch)
         ]
-        tokens = run.sum(sum(part.response[:, 1:].sum() for part in parts))
+        tokens = run.sum(torch.stack([part.response[:, 1:].sum() for part in parts]).sum())
         total = torch.zeros((), device=run.device)
         for number, part in enumerate(parts, 1):
             with run.accumulating(number < len(parts), model):
