@@ -88,8 +88,10 @@ def number(
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     value = float(value)
+    # Comparisons only: under torch.compile a number that changes between calls is symbolic.
+    finite = -math.inf < value < math.inf
     inside = low < value <= high if exclusive_low else low <= value <= high
-    if not math.isfinite(value) or not inside:
+    if not (finite and inside):
         bracket = "]" if exclusive_low else "["
         raise ValueError(
             f"{name}: expected a finite number in {bracket}{low}, {high}], got {value}"

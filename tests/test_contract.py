@@ -65,20 +65,26 @@ SAMPLES = {
         (tokens(1, grad=True), tokens(2)),
         {"estimator": "k3", "mask": MASK, "clamp": (10.0, 10.0)},
     ),
-    "kl_divergence": lambda: ((logits(), logits(1).detach()), {"mask": MASK}),
+    "kl_divergence": lambda: (
+        (logits(), logits(1).detach()),
+        {"mask": MASK, "temperature": 0.7},
+    ),
     "kl_divergence_full": lambda: (
         (logits(), logits(1).detach()),
         {"ids": ids(B, T), "mask": MASK, "temperature": 0.7},
     ),
-    "linear_logprob": lambda: ((*head(), ids(B * T)), {"mask": MASK.flatten()}),
+    "linear_logprob": lambda: (
+        (*head(), ids(B * T)),
+        {"mask": MASK.flatten(), "temperature": 0.7, "logit_scale": 1.5},
+    ),
     "linear_logprob_entropy": lambda: ((*head(), ids(B * T)), {"temperature": 0.7}),
     "linear_kl": lambda: (
         (*head(), randn(B * T, H, seed=3), randn(V, H, seed=4)),
-        {"ids": ids(B * T), "mask": MASK.flatten()},
+        {"ids": ids(B * T), "mask": MASK.flatten(), "temperature": 0.7},
     ),
     "linear_ppo_loss": lambda: (
-        (*head(), ids(B * T).view(1, -1).flatten()),
-        {name: x.flatten() for name, x in losses().items()},
+        (*head(), ids(B * T)),
+        {name: x.flatten() for name, x in losses().items()} | {"clip_low": 0.1},
     ),
     "gae": lambda: ((randn(B, T), randn(B, T, seed=1)), {"gamma": 0.9, "mask": MASK}),
     "gae_packed": lambda: (
@@ -87,15 +93,15 @@ SAMPLES = {
     ),
     "discounted_returns": lambda: ((randn(B, T),), {"gamma": 0.9, "mask": MASK}),
     "shaped_rewards": lambda: ((randn(B), tokens(1), tokens(2), MASK), {"kl_coef": 0.1}),
-    "whiten": lambda: ((randn(B, T), MASK), {}),
+    "whiten": lambda: ((randn(B, T), MASK), {"eps": 1e-6}),
     "ppo_advantages": lambda: (
         (randn(B), tokens(1), tokens(2), randn(B, T, seed=3), MASK),
         {"kl_coef": 0.1, "gamma": 0.9},
     ),
-    "group_advantages": lambda: ((randn(6), torch.tensor([4, 1, 4, 1, 1, -2])), {}),
+    "group_advantages": lambda: ((randn(6), torch.tensor([4, 1, 4, 1, 1, -2])), {"eps": 1e-6}),
     "policy_loss": lambda: ((tokens(1, grad=True),), {**losses(), "dual_clip": 3.0}),
-    "value_loss": lambda: ((), {**values(), "mask": MASK}),
-    "ppo_loss": lambda: ((tokens(1, grad=True),), {**losses(), **values()}),
+    "value_loss": lambda: ((), {**values(), "mask": MASK, "clip": 0.3}),
+    "ppo_loss": lambda: ((tokens(1, grad=True),), {**losses(), **values(), "value_coef": 0.5}),
     "ranking_loss": lambda: ((randn(B, K).requires_grad_(), ids(B, K) % K), {"margin": 0.1}),
     "sample": lambda: (
         (randn(B, V),),
@@ -272,6 +278,24 @@ def test_compiles_without_a_graph_break(op):
     assert len(eager) == len(compiled)
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_with_numbers_that_change_between_calls(op):
+    """A KL coefficient changes at every step; torch.compile then makes it symbolic."""
+    torch._dynamo.reset()
+    function = getattr(rlhf_fast, op)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for factor in (1.0, 0.99, 0.98):
+        arguments, keywords = sample_call(op)
+        changed = {k: x * factor if type(x) is float else x for k, x in keywords.items()}
+        pairs = zip(
+            tensors_of(function(*arguments, **changed)),
+            tensors_of(compiled(*arguments, **changed)),
+            strict=True,
+        )
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -8,7 +8,6 @@ import torch
 
 from rlhf_fast import _args
 
-
 # Token tensors that a loss can do without.
 OPTIONAL = frozenset(("importance_weights", "entropy", "ref_logprob"))
 
