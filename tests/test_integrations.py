@@ -1,7 +1,8 @@
 """Drop-in use in other trainers: what is rebound, what is put back, and that results agree.
 
-The projects are replaced by small modules that hold plain versions of the functions with the
-signatures of the patched versions; the last section runs against the real TRL, where there is one.
+The projects are replaced by small modules that hold plain versions of the functions, with the
+signatures of the patched versions. Where TRL, verl or OpenRLHF is installed in a version that we
+patch, the same comparisons run against it too.
 """
 
 import importlib
@@ -210,6 +211,23 @@ def install(monkeypatch):
     yield build
     for handle in list(_rebind._active.values()):
         handle.undo()
+
+
+@pytest.fixture(params=["plain", "installed"])
+def modules_of(request, install):
+    """Modules of a project by name: the small ones, and those of the installed project."""
+
+    def find(project: str) -> dict[str, types.ModuleType]:
+        if request.param == "plain":
+            return install(project)
+        module = pytest.importorskip(project, reason=f"{project} is not installed")
+        version = importlib.metadata.version(project).split("+")[0]
+        if version not in PROJECTS[project].KNOWN:
+            pytest.skip(f"{project} {version} is none of {', '.join(PROJECTS[project].KNOWN)}")
+        names = {target.module for target in PROJECTS[project]._TARGETS}
+        return {project: module} | {n: importlib.import_module(n) for n in names}
+
+    return find
 
 
 def snapshot(modules):
@@ -426,8 +444,8 @@ def test_trl_ppo_helpers(install):
         assert ppo.masked_mean(values, mask & False) == 0
 
 
-def test_verl_results(install):
-    modules = install("verl")
+def test_verl_results(modules_of):
+    modules = modules_of("verl")
     functional = modules["verl.utils.torch_functional"]
     algorithms = modules["verl.trainer.ppo.core_algos"]
     logits, ids = batch()
@@ -438,7 +456,7 @@ def test_verl_results(install):
         z = logits.clone().requires_grad_()
         lp = functional.logprobs_from_logits(z, ids)
         entropy = functional.entropy_from_logits(z)
-        chunked = functional.entropy_from_logits_with_chunking(z)
+        chunked = functional.entropy_from_logits_with_chunking(z.view(-1, V))
         (lp.sum() + entropy.sum() - 0.3 * chunked.sum()).backward()
         advantages, targets = algorithms.compute_gae_advantage_return(
             rewards, values, mask, torch.tensor(0.97), 0.9
@@ -469,8 +487,8 @@ def test_verl_results(install):
 
 
 @pytest.mark.parametrize("kind", ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "k3+"])
-def test_verl_kl_penalty(install, kind):
-    algorithms = install("verl")["verl.trainer.ppo.core_algos"]
+def test_verl_kl_penalty(modules_of, kind):
+    algorithms = modules_of("verl")["verl.trainer.ppo.core_algos"]
 
     def run():
         lp = (-3 * randn(4, 5, seed=1).abs()).requires_grad_()
@@ -480,14 +498,14 @@ def test_verl_kl_penalty(install, kind):
     before = run()
     with verl.patch():
         after = run()
-        with pytest.raises(KeyError):  # what we do not know goes to verl
+        with pytest.raises((KeyError, NotImplementedError)):  # what we do not know goes to verl
             algorithms.kl_penalty(torch.zeros(1), torch.zeros(1), "full")
     agree("kl", before[0], after[0])
     agree("gradient", before[1], after[1])
 
 
-def test_openrlhf_results(install):
-    utils = install("openrlhf")["openrlhf.models.utils"]
+def test_openrlhf_results(modules_of):
+    utils = modules_of("openrlhf")["openrlhf.models.utils"]
     logits, ids = batch()
     lp = -2 * randn(3, 5, seed=1).abs()
     ref = lp - 8 * randn(3, 5, seed=2)
@@ -495,18 +513,24 @@ def test_openrlhf_results(install):
     def run():
         kls = [utils.compute_approx_kl(lp, ref, kl_estimator=k) for k in ("k1", "k2", "k3")]
         return [
-            utils.log_probs_from_logits(logits, ids, 0.7), utils.compute_entropy(logits),
+            # OpenRLHF divides its argument by the temperature in place.
+            utils.log_probs_from_logits(logits.clone(), ids, 0.7), utils.compute_entropy(logits),
             utils.compute_approx_kl(lp, ref), *kls,
         ]  # fmt: skip
 
     before, kept = run(), logits.clone()
     with openrlhf.patch():
         after = run()
-        with pytest.raises(LookupError, match="the original"):
-            utils.compute_approx_kl(lp, ref, unbiased_gradient=True)
+        utils.log_probs_from_logits(logits, ids, 0.7)
     assert_same_bits("logits", logits, kept)
     for k, (x, y) in enumerate(zip(before, after, strict=True)):
         agree(f"output {k}", x, y)
+
+
+def test_openrlhf_keeps_what_we_do_not_compute(install):
+    utils = install("openrlhf")["openrlhf.models.utils"]
+    with openrlhf.patch(), pytest.raises(LookupError, match="the original"):
+        utils.compute_approx_kl(torch.zeros(1), torch.zeros(1), unbiased_gradient=True)
 
 
 def test_openrlhf_third_argument_of_older_versions(install):
