@@ -33,8 +33,8 @@ from rlhf_fast.rollout import Rollout, RolloutOutput, generate, rollout
 __version__ = "0.1.0"
 
 __all__ = [
-    "Advantages",
     "GAE",
+    "Advantages",
     "KLFull",
     "LogprobEntropy",
     "Loss",

@@ -65,7 +65,7 @@ def _machine_lacks(backend: str) -> str | None:
     """Why `backend` cannot run on this machine at all, or None."""
     if backend in ("cpu", "cuda") and native_module() is None:
         return "the native module rlhf_fast._C is not built (pip install . builds it)"
-    if backend == "cuda" and not native_module().WITH_CUDA:
+    if backend == "cuda" and not getattr(native_module(), "WITH_CUDA", False):
         return "rlhf_fast._C was built without CUDA (nvcc was not found, or RLHF_FAST_CUDA=OFF)"
     if backend == "triton" and not _has_triton():
         return "the package triton is not installed"
