@@ -120,14 +120,12 @@ RLAX = (  # lambda, (gamma 0.99, nothing terminal), (gamma 0.9, terminal after s
 @pytest.mark.parametrize(("lam", "first", "second"), RLAX)
 def test_published_table_of_rlax(backend, lam, first, second):
     """google-deepmind/rlax, multistep_test.py, truncated GAE: its inputs, numbers and 1e-3."""
-    for gamma, r, v, bootstrap, dones, expected in (
-        (0.99, [0.0, 0.0, 1.0, 0.0, -0.5], [1.0, 4.0, -3.0, -2.0, -1.0], -1.0, [0] * 5, first),
-        (0.9, [0.0, 0.0, 0.0, 0.0, 1.0], [-3.0, -2.0, -1.0, 0.0, 5.0], -1.0, [0, 0, 0, 1, 0], second),
-    ):  # fmt: skip
+    for gamma, r, v, dones, expected in (
+        (0.99, [0.0, 0.0, 1.0, 0.0, -0.5], [1.0, 4.0, -3.0, -2.0, -1.0], [0, 0, 0, 0, 0], first),
+        (0.9, [0.0, 0.0, 0.0, 0.0, 1.0], [-3.0, -2.0, -1.0, 0.0, 5.0], [0, 0, 0, 1, 0], second),
+    ):
         rewards, values, cut = on(backend, *(torch.tensor([x]) for x in (r, v, dones)))
-        out = rlhf_fast.gae(
-            rewards, values, gamma=gamma, lam=lam, bootstrap_value=bootstrap, dones=cut
-        )
+        out = rlhf_fast.gae(rewards, values, gamma=gamma, lam=lam, bootstrap_value=-1.0, dones=cut)
         published = torch.tensor([expected])
         torch.testing.assert_close(out.advantages.cpu(), published, atol=1e-3, rtol=0)
 

@@ -20,7 +20,7 @@ def _gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def place(size: int, group: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(first id of this rank's slice, size of the whole vocabulary) as tensors, without a sync."""
-    mine = torch.tensor(size, device=device)
+    mine = torch.full((), size, device=device)  # filled there: no copy, no synchronisation
     if not group:
         return torch.zeros_like(mine), mine
     ranks = resolve(group)
