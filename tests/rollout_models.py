@@ -25,11 +25,19 @@ def tiny(family="llama", *, vocabulary=V, scale=6.0, **options):
             "head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 8.0, "query_pre_attn_scalar": 8,
         },
+        "gemma3_text": {
+            "head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
         "gpt2": {"n_inner": 48, "scale_attn_by_inverse_layer_idx": True},
         "mistral": {"sliding_window": 6, "head_dim": 8},
+        "mixtral": {"num_local_experts": 4, "head_dim": 8},
         "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.1},
         "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
         "qwen3": {"head_dim": 8},
+        "qwen3_moe": {
+            "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        },
     }.get(family, {})  # fmt: skip
     torch.manual_seed(0)
     auto = transformers.AutoConfig.for_model(family, **config | options)

@@ -220,6 +220,15 @@ def test_rotary_embeddings_that_look_at_the_batch_are_refused(rope):
         rlhf_fast.rollout(tiny("llama", rope_parameters=parameters))
 
 
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [("llama", {"is_causal": False}), ("gemma", {"use_bidirectional_attention": True})],
+)
+def test_attention_that_looks_ahead_is_refused(family, option):
+    with pytest.raises(NotImplementedError, match="causal attention"):
+        rlhf_fast.rollout(tiny(family, **option))
+
+
 def test_what_is_no_causal_lm(model):
     t5 = transformers.T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     others = (

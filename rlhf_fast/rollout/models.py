@@ -12,7 +12,8 @@ import torch
 # forward (tests/test_rollout.py walks this tuple): their attention takes everything it needs from
 # transformers' AttentionInterface, and position_ids alone say where a token stands.
 FAMILIES = (
-    "gemma", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3",
+    "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral",
+    "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
 )  # fmt: skip
 
 # Families whose position table ends: no token can stand behind it.
@@ -51,6 +52,11 @@ def check_model(model: Any) -> None:
     if not isinstance(model, causal_lm):
         raise NotImplementedError(
             f"model: {name} is not transformers' causal LM of model_type {config.model_type!r}"
+        )
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", 0):
+        raise NotImplementedError(
+            "model: its config turns causal attention off, so that a new token would change the "
+            "log-probs of the tokens before it"
         )
     if bad := _rope_types(config).intersection(_BATCH_ROPE):
         raise NotImplementedError(
