@@ -8,7 +8,6 @@ import pytest
 
 import rlhf_fast
 from rlhf_fast import _dispatch, cli, integrations
-from rlhf_fast.rollout.models import FAMILIES
 from rlhf_fast.train import config, data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,8 +104,3 @@ def test_versions_of_other_projects_are_those_of_the_patches():
     for project in ("trl", "verl", "openrlhf"):
         for version in getattr(integrations, project).KNOWN:
             assert version.removesuffix(".0") in README, (project, version)
-
-
-def test_families_of_rollouts_are_named():
-    for family in FAMILIES:
-        assert re.search(rf"\b{family}\b", README), family
