@@ -28,7 +28,14 @@ def extensions():
     return {path: path.stat().st_mtime_ns for path in (ROOT / "rlhf_fast").glob("_C*.so")}
 
 
-@pytest.mark.skipif(not extensions(), reason="rlhf_fast._C is not built; the script would build it")
+def newer_sources():
+    """Sources of the native module that changed since it was built."""
+    sources = [ROOT / "CMakeLists.txt", ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]
+    built = max(extensions().values(), default=0)
+    return [str(path) for path in sources if path.stat().st_mtime_ns > built]
+
+
+@pytest.mark.skipif(newer_sources() != [], reason="rlhf_fast._C is missing or older than csrc/")
 def test_cpu_run(tmp_path):
     before = extensions()
     result = run(tmp_path / "out", "--device", "cpu", "--quick")
