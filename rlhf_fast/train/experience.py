@@ -45,8 +45,9 @@ class Experience:
 
     def take(self, rows: torch.Tensor) -> Experience:
         """Some of the rows."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Experience(**{k: None if x is None else x[rows] for k, x in values.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        taken: dict[str, Any] = {k: None if x is None else x[rows] for k, x in values.items()}
+        return Experience(**taken)
 
     def chunks(self, size: int) -> Iterator[Experience]:
         """Consecutive pieces of `size` rows."""
