@@ -18,7 +18,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -107,14 +107,13 @@ def _check_backend(name: str, source: str) -> str:
     return name
 
 
-@contextmanager
-def use_backend(name: str, op: str | None = None) -> Iterator[None]:
+def use_backend(name: str, op: str | None = None) -> AbstractContextManager[None]:
     """Serve every op (or only `op`) by the backend `name` inside the `with` block.
 
     `name` is "reference", "cpu", "triton" or "cuda". The choice is process-wide, holds for the
     backward pass of what was computed inside the block, and never falls back: a call that the
     backend cannot serve raises `NotImplementedError` with the reason of each candidate. An unknown
-    `name` or `op` raises `ValueError` at once.
+    `name` or `op` raises `ValueError` at once, before any block is entered.
 
     >>> with rlhf_fast.use_backend("reference"):
     ...     truth = rlhf_fast.logprob(logits.double(), ids)
@@ -124,6 +123,11 @@ def use_backend(name: str, op: str | None = None) -> Iterator[None]:
         raise ValueError(
             f"use_backend(op): expected one of {', '.join(sorted(_TABLE))}, got {op!r}"
         )
+    return _request(op, name)
+
+
+@contextmanager
+def _request(op: str | None, name: str) -> Iterator[None]:
     _requests.append((op, name))
     try:
         yield

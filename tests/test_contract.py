@@ -324,9 +324,20 @@ def test_forced_backend_serves_or_says_why_not(op):
 
 def test_unknown_backend_or_op_raises_at_once():
     with pytest.raises(ValueError, match="reference, cpu, triton, cuda"):
-        rlhf_fast.use_backend("gpu").__enter__()
+        rlhf_fast.use_backend("gpu")
     with pytest.raises(ValueError, match="gae"):
-        rlhf_fast.use_backend("cpu", op="no_such_op").__enter__()
+        rlhf_fast.use_backend("cpu", op="no_such_op")
+
+
+def test_use_backend_compiles():
+    def function(z, i):
+        with rlhf_fast.use_backend("reference"):
+            return rlhf_fast.logprob(z, i)
+
+    z, i = randn(3, V), ids(3)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z, i), function(z, i))
+    assert _dispatch.requested("logprob") == ""
 
 
 def test_innermost_request_wins_and_ends():
