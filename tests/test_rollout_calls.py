@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import rlhf_fast
+from rlhf_fast.rollout import loop
 from rlhf_fast.rollout.slots import SlotCache, Step
 from rlhf_fast.testing import assert_same_bits
 from tests.rollout_models import PROMPTS, V, assert_same_state, greedy, state_of, tiny
@@ -180,6 +181,17 @@ def test_nan_logits_are_an_error_and_leave_nothing_behind(model):
             r.generate(PROMPTS, max_new_tokens=6)
         model.lm_head.weight.data.copy_(weight)
         assert torch.equal(r.generate(PROMPTS, max_new_tokens=6, temperature=0.0).ids, expected.ids)
+
+
+def test_a_row_without_a_possible_token_is_an_error_on_cuda_too(model, monkeypatch):
+    # There `sample` does not look at values and gives the id -1, which no embedding survives.
+    def stuck(logits, *, position, **_):
+        zeros = torch.zeros(len(logits))
+        return rlhf_fast.Sample(torch.where(position == 2, -1, 1), zeros, zeros, zeros)
+
+    monkeypatch.setattr(loop, "sample", stuck)
+    with pytest.raises(ValueError, match="response 0 can be drawn at 2"):
+        rlhf_fast.generate(model, PROMPTS, max_new_tokens=6)
 
 
 # --------------------------------------------------------------------------- which models

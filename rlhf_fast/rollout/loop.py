@@ -128,8 +128,13 @@ class Loop:
         self.entropy[row, index] = drawn.entropy.float()
         index += 1  # a view of the state, as row is
         self.lengths[row] = index
-        done = torch.isin(drawn.ids, self.eos_ids) | (index == self.max_new_tokens)
+        # On CUDA `sample` does not raise where no token can be drawn: it gives -1.
+        stuck = drawn.ids < 0
+        done = torch.isin(drawn.ids, self.eos_ids) | (index == self.max_new_tokens) | stuck
         finished = (done.nonzero().flatten() + slots.start).tolist()
+        if finished and stuck.any():
+            place = int(row[stuck][0]), int(index[stuck][0]) - 1
+            raise ValueError(f"logits: no token of response {place[0]} can be drawn at {place[1]}")
         # From the back, so that the last live slot, which fills the hole, is not itself done.
         for slot in reversed(finished):
             self.live -= 1
