@@ -53,7 +53,8 @@ def check_model(model: Any) -> None:
         raise NotImplementedError(
             f"model: {name} is not transformers' causal LM of model_type {config.model_type!r}"
         )
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", 0):
+    looks_ahead = getattr(config, "use_bidirectional_attention", False)
+    if looks_ahead or not getattr(config, "is_causal", True):
         raise NotImplementedError(
             "model: its config turns causal attention off, so that a new token would change the "
             "log-probs of the tokens before it"
