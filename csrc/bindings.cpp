@@ -4,10 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <tuple>
+
 #include "common/check.h"
 #include "common/isa.h"
 #include "gae/gae.h"
 #include "logprob/logprob.h"
+#include "ppo_loss/ppo_loss.h"
 
 namespace py = pybind11;
 
@@ -115,6 +119,55 @@ GaeArgs gae_args(Address rewards, Address values, Address offsets, Address mask,
   return args;
 }
 
+// (logprob, old_logprob, advantages, weights, values, old_values, returns, entropy, ref_logprob,
+//  mask, grad_logprob, grad_advantages, grad_values, grad_entropy, loss, stats, normalizer),
+// (divisor, kind, estimator, reduction, clip_low, clip_high, dual_clip, value_clip, value_coef,
+//  entropy_coef, kl_coef) as _native.py packs them.
+using LossAddresses = std::array<Address, 17>;
+using LossOptions =
+    std::tuple<double, int, int, int, float, float, float, float, float, float, float>;
+
+PpoLossArgs ppo_loss_args(const LossAddresses& a, const LossOptions& options, int64_t rows,
+                          int64_t length, int threads) {
+  check_positive(rows, "rows");
+  check_positive(length, "length");
+  check_positive(threads, "threads");
+  PpoLossArgs args;
+  args.logprob = pointer<float>(a[0]);
+  args.old_logprob = a[0] ? required<float>(a[1], "old_logprob") : nullptr;
+  args.advantages = a[0] ? required<float>(a[2], "advantages") : nullptr;
+  args.weights = pointer<float>(a[3]);
+  args.values = pointer<float>(a[4]);
+  args.old_values = a[4] ? required<float>(a[5], "old_values") : nullptr;
+  args.returns = a[4] ? required<float>(a[6], "returns") : nullptr;
+  args.entropy = pointer<float>(a[7]);
+  args.ref_logprob = pointer<float>(a[8]);
+  args.mask = pointer<uint8_t>(a[9]);
+  args.grad_logprob = pointer<float>(a[10]);
+  args.grad_advantages = pointer<float>(a[11]);
+  args.grad_values = pointer<float>(a[12]);
+  args.grad_entropy = pointer<float>(a[13]);
+  args.loss = required<float>(a[14], "loss");
+  args.stats = required<float>(a[15], "stats");
+  args.normalizer = pointer<float>(a[16]);
+  int reduction;
+  std::tie(args.divisor, args.kind, args.estimator, reduction, args.clip_low, args.clip_high,
+           args.dual_clip, args.value_clip, args.value_coef, args.entropy_coef, args.kl_coef) =
+      options;
+  args.reduction = static_cast<Reduction>(reduction);
+  args.rows = rows;
+  args.length = length;
+  args.threads = threads;
+  return args;
+}
+
+ScaleArgs scale_args(Address grad, Address unit, Address out, int64_t size, int threads) {
+  check_positive(size, "size");
+  check_positive(threads, "threads");
+  return {required<float>(grad, "grad"), required<float>(unit, "unit"),
+          required<float>(out, "out"), size, threads};
+}
+
 }  // namespace
 }  // namespace rlhf
 
@@ -149,6 +202,17 @@ PYBIND11_MODULE(_C, m) {
                  length, bootstrap_value, gamma, decay, decay_returns, carry, threads);
     py::gil_scoped_release released;
     cpu::gae(args);
+  });
+  m.def("cpu_ppo_loss", [](const LossAddresses& addresses, const LossOptions& options,
+                           int64_t rows, int64_t length, int threads) {
+    const auto args = ppo_loss_args(addresses, options, rows, length, threads);
+    py::gil_scoped_release released;
+    cpu::ppo_loss(args);
+  });
+  m.def("cpu_scale", [](Address grad, Address unit, Address out, int64_t size, int threads) {
+    const auto args = scale_args(grad, unit, out, size, threads);
+    py::gil_scoped_release released;
+    cpu::scale(args);
   });
 
 #if RLHF_WITH_CUDA

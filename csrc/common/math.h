@@ -34,7 +34,7 @@ RLHF_HD F exp_negative(F x) {
   p = fma(r, p, splat<F>(0.499999934125f));
   p = fma(r, p, splat<F>(1.0f));
   p = fma(r, p, splat<F>(1.0f));
-  return times_power_of_2(p, shifted);
+  return times_power_of_2(p, n, shifted);
 }
 
 #if !defined(__CUDACC__)

@@ -70,8 +70,12 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 }
 
 // x * 2^n, where `shifted` is n + 1.5 * 2^23 and the result is a normal number.
-inline Vec times_power_of_2(Vec x, Vec shifted) {
+inline Vec times_power_of_2(Vec x, [[maybe_unused]] Vec n, [[maybe_unused]] Vec shifted) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(x, n);
+#else
   return bits_of<Vec>(bits_of<UintVec>(x) + (bits_of<UintVec>(shifted) << 23));
+#endif
 }
 
 // The sum of the lanes, neighbours first.

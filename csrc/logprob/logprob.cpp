@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "common/memory.h"
 #include "common/parallel.h"
 
 namespace rlhf::RLHF_ISA {
@@ -18,7 +19,9 @@ constexpr int kPiece = 16384;  // columns per task
 constexpr int kBlock = 1024;   // columns per block: 4 KiB of floats
 constexpr int kUnroll = 4;     // vectors, each with sums of its own
 constexpr int kGroup = kUnroll * W;
-constexpr int kAhead = 2 * kBlock;  // prefetched columns: the hardware stops at the end of a page
+// How far to prefetch: the hardware's own stops at the end of a page. On a Xeon with 2 threads a
+// logit takes 1.1 times what a plain sum takes; 1.4 times without this line or at 8 KiB.
+constexpr int kBytesAhead = 1536;
 
 // With d = rate (z - top): total = sum exp d, weighted = sum exp(d) d over the columns seen.
 struct Softmax {
@@ -47,6 +50,12 @@ struct Softmax {
     weighted += other.weighted;
   }
 };
+
+template <class T>
+void prefetch(const T* z, int column) {
+  if (column * sizeof(T) % 64 == 0)  // once per line
+    __builtin_prefetch(reinterpret_cast<const char*>(z + column) + kBytesAhead);
+}
 
 // Logits on their way into the sums: converted, capped.
 template <class T, bool CAP>
@@ -108,7 +117,7 @@ Softmax fold_piece(const T* z, int n, float rate, float softcap) {
         for (int u = 0; u < kUnroll; ++u) {
           fold(i + u * W, u);
           const Vec x = prepared<T, CAP>(next + i + u * W, softcap);
-          __builtin_prefetch(next + i + u * W + kAhead);
+          prefetch(next, i + u * W);
           store(next_block + i + u * W, x);
           top = max(x, top);
         }
@@ -182,10 +191,10 @@ void forward(const LogprobArgs& args) {
 
 // The gradient is computed number by number, so neither `piece` nor alignment can change it.
 template <class T, bool ENTROPY>
-void backward_piece(const T* z, int64_t n, RowGradient c, T* out) {
-  int64_t i = 0;
+void backward_piece(const T* z, int n, RowGradient c, T* out) {
+  int i = 0;
   for (; i + W <= n; i += W) {
-    __builtin_prefetch(z + i + kAhead);
+    prefetch(z, i);
     store(out + i, logit_gradient<ENTROPY, false>(load(z + i), c));
   }
   if (i < n) {
@@ -199,10 +208,12 @@ void backward_piece(const T* z, int64_t n, RowGradient c, T* out) {
 template <class T, bool ENTROPY>
 void backward(const LogprobBackwardArgs& args) {
   const LogitRows& in = args.in;
+  advise_large_pages(args.out, in.rows * in.vocabulary * sizeof(T));
   const int64_t count = (in.vocabulary + kPiece - 1) / kPiece;
   parallel_for(in.rows * count, grain_of(in), in.threads, [&](int64_t task) {
     const int64_t row = task / count, begin = task % count * kPiece;
-    const int64_t left = in.vocabulary - begin, n = left < kPiece ? left : kPiece;
+    const int64_t left = in.vocabulary - begin;
+    const int n = static_cast<int>(left < kPiece ? left : kPiece);
     T* const out = static_cast<T*>(args.out) + row * in.vocabulary + begin;
     if (!is_live(in, row)) {
       std::memset(static_cast<void*>(out), 0, n * sizeof(T));
