@@ -194,8 +194,9 @@ def test_double_backward_raises(device):
 def test_gradcheck_of_the_reference():
     leaves, data = make(torch.float64)
     data["old_logprob"] = data["old_logprob"].double()
+    # One random projection of the Jacobian: its thousands of columns would take 10 s.
     assert torch.autograd.gradcheck(
-        lambda *x: fused(x, data, kind="reinforce", temperature=0.7).loss, leaves
+        lambda *x: fused(x, data, kind="reinforce", temperature=0.7).loss, leaves, fast_mode=True
     )
 
 

@@ -185,15 +185,15 @@ def test_everything_masked_still_backpropagates(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(backend, dtype):
     device = device_of(backend)
-    whole = (2 * randn(3, 6, 40, seed=1)).to(dtype).to(device)
-    ids = pick_ids((3, 6), 40).to(device)
+    whole = (2 * randn(2, 4, 40, seed=1)).to(dtype).to(device)
+    ids = pick_ids((2, 4), 40).to(device)
     views = {
         "shifted": (whole[:, :-1], ids[:, 1:]),
         "every other column": (whole[..., ::2], ids % 20),
         "transposed": (whole.transpose(0, 1), ids.t()),
-        "expanded": (whole[:1].expand(3, 6, 40), ids),
+        "expanded": (whole[:1].expand(2, 4, 40), ids),
         "one row": (whole[0, 0], ids[0, 0]),
-        "four axes": (whole.view(3, 2, 3, 40), ids.view(3, 2, 3)),
+        "four axes": (whole.view(2, 2, 2, 40), ids.view(2, 2, 2)),
         "int32": (whole, ids.int()),
     }
     for name, (z, y) in views.items():
