@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,19 @@ def test_options_and_commands_that_the_pages_name_exist():
         assert option in known, option
     for stage in cli.STAGES:
         assert f"**{stage}**" in TEXT["docs/training.md"] or f"rlhf-fast {stage}" in ALL
+
+
+def test_commands_and_configurations_of_the_readme_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    Path("ppo.yaml").write_text(block)
+    lines = re.findall(r"^rlhf-fast (.*)$", README, re.MULTILINE)
+    parsed = {}
+    for line in lines:
+        stage, *arguments = shlex.split(line)
+        parsed[stage] = config.parse(stage, arguments)
+    assert set(parsed) == set(cli.STAGES) - {"demo"}
+    assert (parsed["ppo"].kl_target, parsed["ppo"].learning_rate) == (6.0, 2e-5)
 
 
 def test_example_records_load(tmp_path):
