@@ -1,5 +1,6 @@
 """The documentation: its Python runs, its links lead somewhere, and it says what there is."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -118,3 +119,13 @@ def test_versions_of_other_projects_are_those_of_the_patches():
     for project in ("trl", "verl", "openrlhf"):
         for version in getattr(integrations, project).KNOWN:
             assert version.removesuffix(".0") in README, (project, version)
+
+
+def test_generated_pages_are_up_to_date():
+    """`python benchmarks/report.py` writes both from the committed results."""
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    results = script.load(script.RESULTS)
+    assert TEXT["docs/RESULTS.md"] == script.report(results)
+    assert README == script.fill(README, script.summary(results))
