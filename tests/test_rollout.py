@@ -10,6 +10,7 @@ import transformers
 import rlhf_fast
 from rlhf_fast.rollout.models import FAMILIES
 from rlhf_fast.rollout.prompts import _mix, row_seed
+from rlhf_fast.rollout.rescore import _score
 from tests.rollout_models import (
     PROMPTS,
     SAMPLINGS,
@@ -92,10 +93,13 @@ def test_every_sequence_is_as_likely_as_its_probability():
 # --------------------------------------------------------------------------- rescoring
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("gpt2", torch.float32), ("llama", torch.float32), ("llama", torch.bfloat16)],
+)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_rescored_ratio_of_the_first_step_is_one(dtype, sampling):
-    model = tiny("llama", attention_dropout=0.3).to(dtype)
+def test_rescored_ratio_of_the_first_step_is_one(family, dtype, sampling):
+    model = tiny(family).to(dtype)
     options = {"max_new_tokens": 12, "eos_ids": (3, 4, 5), "max_slots": 3, **sampling}
     drawn = rlhf_fast.generate(model, PROMPTS, **options)
     out = rlhf_fast.generate(model, PROMPTS, logprobs="rescore", **options)
@@ -111,6 +115,15 @@ def test_rescored_ratio_of_the_first_step_is_one(dtype, sampling):
     torch.testing.assert_close(out.log_mass[kept], log_mass[kept], rtol=0, atol=1e-6)
     assert out.logprob.isfinite().all() and not out.logprob[~out.mask].any()
     assert kept.sum() >= 0.9 * out.mask.sum()
+
+
+def test_rescored_token_that_fell_out_of_the_kept_set_keeps_the_mass_of_its_draw():
+    logits, ids = torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[1]])
+    sampling = {"temperature": 1.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0}
+    mass, mask = torch.tensor([[-0.25]]), torch.ones(1, 1, dtype=torch.bool)
+    logprob, log_mass, _ = _score(logits, ids, mask, mass, sampling)
+    assert log_mass == -0.25
+    torch.testing.assert_close(logprob, logits.log_softmax(-1)[..., 1] + 0.25)
 
 
 def test_rescored_greedy_draw_keeps_its_point_mass(model):
