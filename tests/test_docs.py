@@ -127,5 +127,5 @@ def test_generated_pages_are_up_to_date():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     results = script.load(script.RESULTS)
-    assert TEXT["docs/RESULTS.md"] == script.report(results)
-    assert README == script.fill(README, script.summary(results))
+    assert script.report(results) == TEXT["docs/RESULTS.md"]
+    assert script.fill(README, script.summary(results)) == README
