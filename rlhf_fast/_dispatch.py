@@ -193,17 +193,20 @@ def _resolve(
 # --------------------------------------------------------------------------- registration
 
 
-def implementations(op: str, room: str, *, native: str = "", triton: str = "") -> None:
+def implementations(
+    op: str, room: str, *, native: str = "", triton: str = "", cuda: str = ""
+) -> None:
     """Fill `op`'s row of the table. `room` is the package of its files.
 
     The reference is always there. `native` and `triton` are either empty (the room's `_native.py`
-    and `_triton.py` serve it) or the sentence why they do not.
+    and `_triton.py` serve it) or the sentence why they do not; `cuda` is such a sentence where
+    `_native.py` serves the CPU alone.
     """
     _TABLE[op] = {
         "reference": f"{room}.reference:",
         "cpu": native or f"{room}._native:cpu_",
         "triton": triton or f"{room}._triton:",
-        "cuda": native or f"{room}._native:cuda_",
+        "cuda": cuda or native or f"{room}._native:cuda_",
     }
 
 
