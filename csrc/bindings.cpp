@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include <array>
 #include <tuple>
 
@@ -12,6 +14,7 @@
 #include "gae/gae.h"
 #include "logprob/logprob.h"
 #include "ppo_loss/ppo_loss.h"
+#include "sample/sample.h"
 
 namespace py = pybind11;
 
@@ -161,13 +164,6 @@ PpoLossArgs ppo_loss_args(const LossAddresses& a, const LossOptions& options, in
   return args;
 }
 
-ScaleArgs scale_args(Address grad, Address unit, Address out, int64_t size, int threads) {
-  check_positive(size, "size");
-  check_positive(threads, "threads");
-  return {required<float>(grad, "grad"), required<float>(unit, "unit"),
-          required<float>(out, "out"), size, threads};
-}
-
 }  // namespace
 }  // namespace rlhf
 
@@ -209,11 +205,60 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cpu::ppo_loss(args);
   });
-  m.def("cpu_scale", [](Address grad, Address unit, Address out, int64_t size, int threads) {
-    const auto args = scale_args(grad, unit, out, size, threads);
-    py::gil_scoped_release released;
-    cpu::scale(args);
-  });
+
+  m.def(
+      "cpu_sample",
+      [](const SampleTuple& rows, int threads, Address mask, int64_t mask_stride, int64_t seed,
+         Address seeds, int64_t position, Address positions, Address ids, Address logprob,
+         Address log_mass, Address entropy) {
+        SampleArgs args;
+        args.in = sample_rows(rows, threads);
+        args.mask = pointer<uint8_t>(mask);
+        args.mask_stride = mask_stride;
+        args.seed = seed;
+        args.seeds = pointer<int64_t>(seeds);
+        args.position = position;
+        args.positions = pointer<int64_t>(positions);
+        args.ids = required<int64_t>(ids, "ids");
+        args.logprob = required<float>(logprob, "logprob");
+        args.log_mass = required<float>(log_mass, "log_mass");
+        args.entropy = required<float>(entropy, "entropy");
+        py::gil_scoped_release released;
+        cpu::sample(args);
+        return std::all_of(args.ids, args.ids + args.in.rows, [](int64_t id) { return id >= 0; });
+      },
+      "Whether a token was drawn in every row.");
+  m.def("cpu_replay_logprob",
+        [](const SampleTuple& rows, int threads, Address ids, Address logprob, Address log_mass,
+           Address tau, Address last, Address log_kept, Address log_sum) {
+          ReplayArgs args;
+          args.in = sample_rows(rows, threads);
+          args.ids = required<int64_t>(ids, "ids");
+          args.logprob = required<float>(logprob, "logprob");
+          args.log_mass = required<float>(log_mass, "log_mass");
+          args.tau = required<float>(tau, "tau");
+          args.last = required<int64_t>(last, "last");
+          args.log_kept = required<float>(log_kept, "log_kept");
+          args.log_sum = required<float>(log_sum, "log_sum");
+          py::gil_scoped_release released;
+          cpu::replay_logprob(args);
+        });
+  m.def("cpu_replay_logprob_backward",
+        [](const SampleTuple& rows, int threads, Address grad_logprob, Address grad_log_mass,
+           Address ids, Address tau, Address last, Address log_kept, Address log_sum, Address out) {
+          ReplayBackwardArgs args;
+          args.in = sample_rows(rows, threads);
+          args.grad_logprob = required<float>(grad_logprob, "grad_logprob");
+          args.grad_log_mass = required<float>(grad_log_mass, "grad_log_mass");
+          args.ids = required<int64_t>(ids, "ids");
+          args.tau = required<float>(tau, "tau");
+          args.last = required<int64_t>(last, "last");
+          args.log_kept = required<float>(log_kept, "log_kept");
+          args.log_sum = required<float>(log_sum, "log_sum");
+          args.out = required<void>(out, "out");
+          py::gil_scoped_release released;
+          cpu::replay_logprob_backward(args);
+        });
 
 #if RLHF_WITH_CUDA
   m.def("cuda_logprob", [](const RowsTuple& rows, int device, Address stream, Address logprob,

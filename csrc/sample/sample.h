@@ -40,9 +40,8 @@ struct SampleArgs {
   const int64_t* seeds;
   int64_t position;
   const int64_t* positions;
-  int64_t* ids;                          // [rows]; -1 where nothing can be drawn
-  float *logprob, *log_mass, *entropy;   // [rows]
-  bool* bad;  // set if a row has NaN, +inf or nothing that can be drawn
+  int64_t* ids;  // [rows]; -1 in a row that has NaN, +inf or nothing that can be drawn
+  float *logprob, *log_mass, *entropy;  // [rows]
 };
 
 struct ReplayArgs {
@@ -73,7 +72,7 @@ RLHF_CPU_KERNEL(replay_logprob_backward, ReplayBackwardArgs)
 
 namespace rlhf::RLHF_ISA {
 
-// The parameters of one row. `base` is 0 but where a tiny temperature makes m overflow.
+// The parameters of one row.
 struct RowSettings {
   float temperature, rate;
   bool greedy;

@@ -1,0 +1,133 @@
+"""Calls of the native sampling kernels, for tensors on the CPU.
+
+This file alone turns tensors of this op into addresses. Logits are addressed by two strides where
+that is possible (`rows_of`) and copied where it is not.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf_fast import _C
+from rlhf_fast.kernels._common.launch import flat, rows_of
+
+from ._checks import check_logits
+
+# The numbers of csrc/common/dtype.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+class _Rows:
+    """The logits and the parameters of each row; keeps copies alive until the call is over."""
+
+    def __init__(
+        self, logits, rows, temperature, temperatures, top_k=0, top_ks=None, top_p=1.0,
+        top_ps=None, min_p=0.0, min_ps=None,
+    ) -> None:  # fmt: skip
+        if logits.dtype not in DTYPES:
+            names = ", ".join(str(dtype)[6:] for dtype in DTYPES)
+            raise TypeError(f"logits: expected one of {names}, got {str(logits.dtype)[6:]}")
+        self.logits, *strides = rows_of(logits)
+        self.vectors = [flat(x) for x in (temperatures, top_ks, top_ps, min_ps)]
+        temperatures, top_ks, top_ps, min_ps = map(_address, self.vectors)
+        self.arguments = (
+            self.logits.data_ptr(), DTYPES[logits.dtype], rows, logits.shape[-1], *strides,
+            min(temperature, 3e38), temperatures, top_k, top_ks, top_p, top_ps, min_p, min_ps,
+        )  # fmt: skip
+
+
+def _empty(shape, *dtypes: torch.dtype) -> list[torch.Tensor]:
+    return [torch.empty(shape, dtype=dtype) for dtype in dtypes]
+
+
+def cpu_sample(
+    logits: torch.Tensor,
+    logit_mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    top_k: int,
+    top_ks: torch.Tensor | None,
+    top_p: float,
+    top_ps: torch.Tensor | None,
+    min_p: float,
+    min_ps: torch.Tensor | None,
+    seed: int,
+    seeds: torch.Tensor | None,
+    position: int,
+    positions: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids, logprob, log_mass, entropy), each [B]; raises for a row that cannot be drawn from."""
+    count = logits.shape[0]
+    single = torch.float32
+    out = _empty((count,), torch.int64, single, single, single)
+    if count == 0:
+        return tuple(out)
+    rows = _Rows(
+        logits, count, temperature, temperatures, top_k, top_ks, top_p, top_ps, min_p, min_ps
+    )
+    mask = logit_mask
+    if mask is not None and mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    drawn = _C.cpu_sample(
+        rows.arguments, torch.get_num_threads(), _address(mask),
+        0 if mask is None else mask.stride(0), seed, _address(seeds), position,
+        _address(positions), *(x.data_ptr() for x in out),
+    )  # fmt: skip
+    if not drawn:
+        check_logits(logits, logit_mask)
+    return tuple(out)
+
+
+def cpu_replay_logprob(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    top_k: int,
+    top_ks: torch.Tensor | None,
+    top_p: float,
+    top_ps: torch.Tensor | None,
+    min_p: float,
+    min_ps: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """(logprob, log_mass, tau, last, log_kept, log_sum), each of the shape of `ids`."""
+    single = torch.float32
+    out = _empty(ids.shape, single, single, single, torch.int64, single, single)
+    if ids.numel():
+        rows = _Rows(
+            logits, ids.numel(), temperature, temperatures, top_k, top_ks, top_p, top_ps, min_p,
+            min_ps,
+        )  # fmt: skip
+        y = flat(ids).to(torch.int64)
+        _C.cpu_replay_logprob(
+            rows.arguments, torch.get_num_threads(), y.data_ptr(), *(x.data_ptr() for x in out)
+        )
+    return tuple(out)
+
+
+def cpu_replay_logprob_backward(
+    grad_logprob: torch.Tensor,
+    grad_log_mass: torch.Tensor,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    tau: torch.Tensor,
+    last: torch.Tensor,
+    log_kept: torch.Tensor,
+    log_sum: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient of the logits, contiguous and in their dtype, with the kept set held fixed."""
+    out = torch.empty(logits.shape, dtype=logits.dtype)
+    if ids.numel():
+        rows = _Rows(logits, ids.numel(), temperature, temperatures)
+        vectors = grad_logprob, grad_log_mass, ids.to(torch.int64), tau, last, log_kept, log_sum
+        vectors = [flat(x) for x in vectors]
+        _C.cpu_replay_logprob_backward(
+            rows.arguments, torch.get_num_threads(), *map(_address, vectors), out.data_ptr()
+        )
+    return out
