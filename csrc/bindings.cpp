@@ -12,6 +12,7 @@
 #include "common/check.h"
 #include "common/isa.h"
 #include "gae/gae.h"
+#include "kl/kl.h"
 #include "logprob/logprob.h"
 #include "ppo_loss/ppo_loss.h"
 #include "sample/sample.h"
@@ -164,6 +165,116 @@ PpoLossArgs ppo_loss_args(const LossAddresses& a, const LossOptions& options, in
   return args;
 }
 
+KlEstimateArgs kl_estimate_args(Address logprob, Address ref_logprob, Address mask, Address grad,
+                                Address out, int64_t count, int estimator, float clamp_in,
+                                float clamp_out, int threads) {
+  RLHF_CHECK(estimator >= 0 && estimator <= 3,
+             "estimator: expected 0 to 3, got " + std::to_string(estimator));
+  check_positive(count, "count");
+  check_positive(threads, "threads");
+  KlEstimateArgs args;
+  args.logprob = required<float>(logprob, "logprob");
+  args.ref_logprob = required<float>(ref_logprob, "ref_logprob");
+  args.mask = pointer<uint8_t>(mask);
+  args.grad = pointer<float>(grad);
+  args.out = required<float>(out, "out");
+  args.count = count;
+  args.estimator = static_cast<KlEstimator>(estimator);
+  args.clamp_in = clamp_in;
+  args.clamp_out = clamp_out;
+  args.threads = threads;
+  return args;
+}
+
+// (ref_logits, dtype, inner, stride_outer, stride_inner) of a reference beside its policy's rows.
+using RefTuple = std::tuple<Address, int, int64_t, int64_t, int64_t>;
+
+LogitRows ref_rows(const RefTuple& t) {
+  const auto& [logits, dtype, inner, stride_outer, stride_inner] = t;
+  RLHF_CHECK(dtype >= 0 && dtype <= 2, "dtype: expected 0, 1 or 2, got " + std::to_string(dtype));
+  check_positive(inner, "inner");
+  LogitRows ref = {};
+  ref.logits = required<void>(logits, "ref_logits");
+  ref.dtype = static_cast<Dtype>(dtype);
+  ref.inner = inner;
+  ref.stride_outer = stride_outer;
+  ref.stride_inner = stride_inner;
+  return ref;
+}
+
+// (kl, logprob, ref_logprob, entropy, row_max, log_sum, ref_row_max, ref_log_sum)
+using KlOutputs = std::array<Address, 8>;
+
+KlArgs kl_args(const RowsTuple& rows, const RefTuple& ref, int threads, const KlOutputs& out) {
+  KlArgs args;
+  args.in = logit_rows(rows, threads);
+  args.ref = ref_rows(ref);
+  args.kl = required<float>(out[0], "kl");
+  args.logprob = required<float>(out[1], "logprob");
+  args.ref_logprob = required<float>(out[2], "ref_logprob");
+  args.entropy = required<float>(out[3], "entropy");
+  args.row_max = required<float>(out[4], "row_max");
+  args.log_sum = required<float>(out[5], "log_sum");
+  args.ref_row_max = required<float>(out[6], "ref_row_max");
+  args.ref_log_sum = required<float>(out[7], "ref_log_sum");
+  return args;
+}
+
+// (grad_kl, grad_logprob, grad_entropy, row_max, log_sum, ref_row_max, ref_log_sum, kl, entropy)
+using KlInputs = std::array<Address, 9>;
+
+KlBackwardArgs kl_backward_args(const RowsTuple& rows, const RefTuple& ref, int threads,
+                                const KlInputs& in, Address out) {
+  KlBackwardArgs args;
+  args.in = logit_rows(rows, threads);
+  args.ref = ref_rows(ref);
+  args.grad_kl = required<float>(in[0], "grad_kl");
+  args.grad_logprob = pointer<float>(in[1]);
+  args.grad_entropy = pointer<float>(in[2]);
+  args.row_max = required<float>(in[3], "row_max");
+  args.log_sum = required<float>(in[4], "log_sum");
+  args.ref_row_max = required<float>(in[5], "ref_row_max");
+  args.ref_log_sum = required<float>(in[6], "ref_log_sum");
+  args.kl = required<float>(in[7], "kl");
+  args.entropy = in[2] ? required<float>(in[8], "entropy") : nullptr;
+  args.out = required<void>(out, "out");
+  return args;
+}
+
+// (logits, dtype, rows, vocabulary, inner, stride_outer, stride_inner, temperature, temperatures,
+//  top_k, top_ks, top_p, top_ps, min_p, min_ps) as _native.py packs them.
+using SampleTuple =
+    std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, float, Address, int64_t,
+               Address, double, Address, double, Address>;
+
+SampleRows sample_rows(const SampleTuple& t, int threads) {
+  const auto& [logits, dtype, rows, vocabulary, inner, stride_outer, stride_inner, temperature,
+               temperatures, top_k, top_ks, top_p, top_ps, min_p, min_ps] = t;
+  RLHF_CHECK(dtype >= 0 && dtype <= 2, "dtype: expected 0, 1 or 2, got " + std::to_string(dtype));
+  check_positive(rows, "rows");
+  check_positive(vocabulary, "vocabulary");
+  check_positive(inner, "inner");
+  check_positive(threads, "threads");
+  SampleRows in;
+  in.logits = required<void>(logits, "logits");
+  in.dtype = static_cast<Dtype>(dtype);
+  in.rows = rows;
+  in.vocabulary = vocabulary;
+  in.inner = inner;
+  in.stride_outer = stride_outer;
+  in.stride_inner = stride_inner;
+  in.temperature = temperature;
+  in.temperatures = pointer<float>(temperatures);
+  in.top_k = top_k;
+  in.top_ks = pointer<int64_t>(top_ks);
+  in.top_p = top_p;
+  in.top_ps = pointer<double>(top_ps);
+  in.min_p = min_p;
+  in.min_ps = pointer<double>(min_ps);
+  in.threads = threads;
+  return in;
+}
+
 }  // namespace
 }  // namespace rlhf
 
@@ -259,6 +370,34 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release released;
           cpu::replay_logprob_backward(args);
         });
+  m.def("cpu_kl_estimate", [](Address logprob, Address ref_logprob, Address mask, Address out,
+                              int64_t count, int estimator, float clamp_in, float clamp_out,
+                              int threads) {
+    const auto args = kl_estimate_args(logprob, ref_logprob, mask, 0, out, count, estimator,
+                                       clamp_in, clamp_out, threads);
+    py::gil_scoped_release released;
+    cpu::kl_estimate(args);
+  });
+  m.def("cpu_kl_estimate_backward", [](Address grad, Address logprob, Address ref_logprob,
+                                       Address mask, Address out, int64_t count, int estimator,
+                                       float clamp_in, float clamp_out, int threads) {
+    const auto args =
+        kl_estimate_args(logprob, ref_logprob, mask, grad, out, count, estimator, clamp_in, clamp_out, threads);
+    py::gil_scoped_release released;
+    cpu::kl_estimate_backward(args);
+  });
+  m.def("cpu_kl",
+        [](const RowsTuple& rows, const RefTuple& ref, int threads, const KlOutputs& out) {
+          const auto args = kl_args(rows, ref, threads, out);
+          py::gil_scoped_release released;
+          cpu::kl(args);
+        });
+  m.def("cpu_kl_backward", [](const RowsTuple& rows, const RefTuple& ref, int threads,
+                              const KlInputs& in, Address out) {
+    const auto args = kl_backward_args(rows, ref, threads, in, out);
+    py::gil_scoped_release released;
+    cpu::kl_backward(args);
+  });
 
 #if RLHF_WITH_CUDA
   m.def("cuda_logprob", [](const RowsTuple& rows, int device, Address stream, Address logprob,

@@ -1,5 +1,6 @@
 """Sampled and exact KL against float64, on every backend that runs here."""
 
+import itertools
 import math
 
 import pytest
@@ -133,7 +134,6 @@ def test_estimates_of_any_layout(sampled):
     assert_same_bits("transposed", out, (lp - ref).t().contiguous())
     assert rlhf_fast.kl_estimate(lp[0, 0], ref[0, 0]).shape == ()
     assert rlhf_fast.kl_estimate(lp[:0], ref[:0]).shape == (0, 8)
-    assert rlhf_fast.kl_estimate(lp.double(), ref).dtype == torch.float64
 
 
 # ------------------------------------------------------------------------------------- exact
@@ -302,6 +302,35 @@ def test_double_backward_raises(sampled):
     )
     with pytest.raises(RuntimeError, match="double backward"):
         g.sum().backward()
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(FLOATS, 2)))
+def test_the_two_models_may_differ_in_dtype(exact, dtypes):
+    logits, ref = (x.to(dtype) for x, dtype in zip(pair(3, 1100), dtypes, strict=True))
+    ids = pick_ids((3,), 1100)
+    z = logits.clone().to(exact).requires_grad_()
+    out = rlhf_fast.kl_divergence_full(z, ref.to(exact), ids.to(exact))
+    (out.kl + out.logprob + out.entropy).sum().backward()
+    *expected, gradient = gradient_truth(logits, ref, ids, (1, 1, 1))
+    naive = plain(logits.float(), ref.float())
+    for name, value, true in zip(out._fields, out, expected, strict=True):
+        assert value.dtype == torch.float32
+        assert_accurate(name, value, true, naive if name == "kl" else None)
+    assert z.grad.dtype == logits.dtype
+    assert_accurate("gradient", z.grad, gradient)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float64, torch.float32), (torch.bfloat16, torch.float64)]
+)
+def test_float64_of_one_input_is_that_of_the_result(dtypes):
+    z, r = (x.to(dtype) for x, dtype in zip(pair(3, 9), dtypes, strict=True))
+    z.requires_grad_()
+    assert rlhf_fast.kl_estimate(z, r).dtype == torch.float64
+    out = rlhf_fast.kl_divergence_full(z, r, pick_ids((3,), 9))
+    out.kl.sum().backward()
+    assert z.grad.dtype == z.dtype and all(x.dtype == torch.float64 for x in out)
+    assert_accurate("kl", rlhf_fast.kl_divergence(z, r), truth(z.detach(), r))
 
 
 def test_gradcheck_of_the_reference():

@@ -13,9 +13,9 @@ from .reference import IGNORE_INDEX
 
 ESTIMATORS = ("k1", "abs", "k2", "k3")
 
-_NOT_YET = "only the reference implements it so far"
+_NOT_YET = "only the reference and the CPU implement it so far"
 for _op in ("kl_estimate", "kl_divergence", "kl_divergence_full"):
-    _dispatch.implementations(_op, __package__, native=_NOT_YET, triton=_NOT_YET)
+    _dispatch.implementations(_op, __package__, triton=_NOT_YET, cuda=_NOT_YET)
 
 _ESTIMATE = "Tensor? mask, str estimator, float? clamp_in, float? clamp_out, str backend"
 _PAIR = "Tensor logits, Tensor ref_logits"
@@ -235,8 +235,10 @@ def _prepare(logits, ref_logits, mask, temperature):
     rows = logits.shape[:-1]
     mask = _args.as_mask("mask", mask, rows, logits.device, "logits' shape without V")
     dtype = _args.compute_dtype(torch.promote_types(logits.dtype, ref_logits.dtype))
+    if dtype == torch.float64:  # one dtype of arithmetic, which the policy's logits decide
+        logits, ref_logits = logits.double(), ref_logits.double()
     number, tensor = as_temperature(temperature, rows, logits.device, dtype)
-    return ref_logits.detach(), mask, number, tensor
+    return logits, ref_logits.detach(), mask, number, tensor
 
 
 def kl_divergence(
@@ -272,9 +274,7 @@ def kl_divergence(
     tensor(0.6931)
     """
     arguments = _prepare(logits, ref_logits, mask, temperature)
-    return torch.ops.rlhf_fast.kl_divergence(
-        logits, *arguments, _dispatch.requested("kl_divergence")
-    )[0]
+    return torch.ops.rlhf_fast.kl_divergence(*arguments, _dispatch.requested("kl_divergence"))[0]
 
 
 def kl_divergence_full(
@@ -306,7 +306,7 @@ def kl_divergence_full(
     >>> rlhf_fast.kl_divergence_full(z, z, torch.tensor([1])).ref_logprob
     tensor([-0.6931])
     """
-    ref_logits, *options = _prepare(logits, ref_logits, mask, temperature)
+    logits, ref_logits, *options = _prepare(logits, ref_logits, mask, temperature)
     _args.check_ids("ids", ids)
     _args.check_shape("ids", ids, logits.shape[:-1], "logits' shape without V")
     _args.check_device("ids", ids, logits.device, "logits")
