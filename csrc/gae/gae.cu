@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(THREADS) gae_kernel(GaeArgs args) {
   const int64_t row = blockIdx.x;
   int64_t begin = row * args.length, length = args.length;
   if (args.offsets) {  // offsets are not checked on the device; none may reach foreign memory
-    const int64_t end = min(::max(args.offsets[row + 1], int64_t{0}), args.length);
-    begin = min(::max(args.offsets[row], int64_t{0}), args.length);
+    const int64_t end = ::min(::max(args.offsets[row + 1], int64_t{0}), args.length);
+    begin = ::min(::max(args.offsets[row], int64_t{0}), args.length);
     length = end - begin;
   }
   float next = args.bootstrap ? args.bootstrap[row] : args.bootstrap_value;
