@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from email.parser import Parser
@@ -19,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
 SOURCES = ("rlhf_fast", "kernels", "csrc", "setup.py", "CMakeLists.txt", "pyproject.toml")
-TEXTS = ("README.md", "LICENSE")
+FILES = (*SOURCES, "MANIFEST.in", "README.md", "LICENSE")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Prints where things come from, after using the native module.
@@ -55,7 +56,7 @@ def checkout(tmp_path_factory) -> Path:
             pytest.skip(f"a build without isolation needs {tool}")
     copy = tmp_path_factory.mktemp("copy") / "rlhf_fast"
     copy.mkdir()
-    for name in (*SOURCES, *TEXTS):
+    for name in FILES:
         source = ROOT / name
         if source.is_dir():
             ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
@@ -120,6 +121,21 @@ def test_wheel_metadata(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "make demo" in metadata.get_payload()
     assert "rlhf-fast = rlhf_fast.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
+
+
+def test_source_distribution_has_what_a_build_needs(checkout, tmp_path):
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", code, tmp_path, cwd=checkout)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {
+        file.relative_to(checkout).as_posix()
+        for name in SOURCES
+        for file in ([checkout / name] if "." in name else (checkout / name).rglob("*.*"))
+        if file.suffix in (".py", ".h", ".cuh", ".cpp", ".cu", ".txt", ".toml")
+    }
+    assert needed <= names, sorted(needed - names)
 
 
 def test_native_module_knows_no_torch(site):
