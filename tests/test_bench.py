@@ -162,7 +162,7 @@ def test_page_shows_the_newest_and_lists_the_older(tmp_path, report):
     filled = readme.read_text()
     assert filled.startswith("before\n") and filled.endswith("behind\n") and "old" not in filled
     shown = {row["backend"] for row in report.rows if row["median_ms"]} - {"reference"}
-    assert filled.count("| gae | 8x64 |") == bool(shown)
+    assert filled.count("| gae | ") == bool(shown)
     assert script.main(arguments) == 0 and readme.read_text() == filled
 
 
@@ -175,16 +175,17 @@ def test_page_refuses_quick_runs_and_runs_without_commit(tmp_path, report):
             script.load(tmp_path)
 
 
-def test_readme_shows_the_fastest_backend_and_no_reference(report):
+def test_readme_shows_the_largest_case_on_the_fastest_backend_and_no_reference(report):
     script = load_report_script()
     row = report.rows[0]
     rows = [
         {**row, "backend": backend, "median_ms": ms, "op": op}
         for op, backend, ms in (
-            ("gae", "reference", 0.1), ("gae", "cpu", 2.0), ("gae", "triton", 3.0),
+            ("gae", "reference", 0.1), ("gae", "triton", 3.0), ("gae", "cpu", 2.0),
             ("whiten", "reference", 1.0), ("logprob", "cpu", None),
         )
     ]  # fmt: skip
+    rows.append({**rows[1], "bytes": rows[1]["bytes"] // 2, "median_ms": 0.5})
     header = {**report.header, "commit": "abc"}
     text = script.summary([(Path("x.json"), {"header": header, "rows": rows})])
     table = [line for line in text.splitlines() if line.startswith("| ")]
