@@ -240,6 +240,14 @@ def test_a_damaged_gzip_file_and_bytes_that_are_no_text(tmp_path):
         load(tmp_path / "x.txt")
 
 
+def test_a_table_is_not_taken_for_text(tmp_path):
+    for name in ("x.csv", "x.tsv", "x.csv.gz", "x.parquet"):
+        (tmp_path / name).write_text("question,answer\na,b\n")
+        with pytest.raises(DataError, match=f"{name}: expected JSON lines.*got a table"):
+            load(tmp_path / name)
+    assert load(tmp_path / "x.csv", "text") == [Record("", ("question,answer\na,b\n",))]
+
+
 def test_what_is_no_file(tmp_path):
     for missing in (tmp_path / "x.jsonl", "./x", "x.json", "a/b/c", "~/no-such-file"):
         with pytest.raises(FileNotFoundError, match="no such file"):

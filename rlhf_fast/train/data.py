@@ -263,6 +263,9 @@ def _hub(name: str) -> Iterator[tuple[str, Any]]:
         yield f"{name}[{split or 'train'}], record {number}", row
 
 
+_TABLES = {".csv", ".tsv", ".parquet", ".arrow"}
+
+
 def _is_path(source: str) -> bool:
     """Whether `source` means a file even if there is none: hub names are 'name' or 'owner/name'."""
     dotted = Path(source).suffix in (".jsonl", ".json", ".gz", ".txt", ".csv")
@@ -290,6 +293,11 @@ def load(source: str | Path, format: str = "auto") -> list[Record]:
         if _is_path(str(source)):
             raise FileNotFoundError(f"{path}: no such file")
         return _parse(_hub(str(source)), format, str(source))
+    if format == "auto" and _TABLES.intersection(path.suffixes):
+        raise DataError(
+            f"{path}: expected JSON lines, a JSON list or plain text, got a table (data_format text "
+            "takes it for plain text)"
+        )
     text = read_text(path)
     start = text.lstrip()[:1]
     if format == "text" or (format == "auto" and start not in ("{", "[")):
