@@ -295,8 +295,8 @@ def load(source: str | Path, format: str = "auto") -> list[Record]:
         return _parse(_hub(str(source)), format, str(source))
     if format == "auto" and _TABLES.intersection(path.suffixes):
         raise DataError(
-            f"{path}: expected JSON lines, a JSON list or plain text, got a table (data_format text "
-            "takes it for plain text)"
+            f"{path}: expected JSON lines, a JSON list or plain text, got a table "
+            "(data_format text takes it for plain text)"
         )
     text = read_text(path)
     start = text.lstrip()[:1]
