@@ -61,7 +61,8 @@ int stage_masked(const Row& row, int64_t begin, int n, bool carry, float gamma, 
     const bool done = row.dones && row.dones[t] && live;
     const float value = live && row.values ? row.values[t] : 0.0f;
     const float reward = live ? row.rewards[t] : 0.0f;
-    // Written in any case, kept if the token is walked through: no branch to mispredict.
+    // Written in any case, kept if the token is walked through. Masks are runs, whose branches are
+    // foreseen: with selects on bits a padded mask took 1.5 times as long, a random one 0.45.
     chunk.delta[at - 1] = temporal_difference(reward, value, done ? 0.0f : following, gamma);
     chunk.value[at - 1] = value;
     chunk.crosses[at - 1] = done ? 0.0f : 1.0f;
