@@ -14,11 +14,11 @@
 namespace rlhf::RLHF_ISA {
 namespace {
 
-constexpr int kPiece = 16384;       // columns per task
-constexpr int kBlock = 1024;        // columns per block: 4 KiB of floats, four of them at a time
-constexpr int kUnroll = 2;          // vectors, each with sums of its own
+constexpr int kPiece = 16384;  // columns per task
+constexpr int kBlock = 1024;   // columns per block: 4 KiB of floats, four of them at a time
+constexpr int kUnroll = 8;     // vectors whose terms are added as floats before they go to doubles
 constexpr int kGroup = kUnroll * W;
-constexpr int kBytesAhead = 1536;   // prefetched: the hardware's own stops at the end of a page
+constexpr int kBytesAhead = 1536;  // prefetched: the hardware's own stops at the end of a page
 
 // ------------------------------------------------------------------- sampled
 
@@ -123,52 +123,52 @@ Sums fold_piece(const T* z, const R* q, int n, float rate) {
     const T* const next = z + begin + kBlock;
     const R* const next_ref = q + begin + kBlock;
     const int left = n - begin - kBlock;
-    Vec total[kUnroll] = {}, ref_total[kUnroll] = {}, weighted[kUnroll] = {}, cross[kUnroll] = {};
-    const auto fold = [&](int i, int lane) {
-      const Vec d = (load(block + i) - base) * rate;
-      const Vec r = (load(ref_block + i) - ref_base) * rate;
-      const Vec e = exp_negative(d);
-      const Vec difference = d - r;
-      total[lane] = total[lane] + e;
-      ref_total[lane] = ref_total[lane] + exp_negative(r);
-      // The floor keeps 0 * -inf out; below it e is no longer exp d.
-      weighted[lane] = fma(e, max(splat<Vec>(-87.0f), d), weighted[lane]);
-      cross[lane] = fma(e, d < -87.0f ? Vec{} : difference, cross[lane]);
-      widest = max(difference, widest);  // NaN, where both are -inf, is passed over
+    Sum total, ref_total, weighted, cross;
+    // Folds a group of columns; `between` runs beside each vector of it.
+    const auto fold = [&](int begin, const auto& between) {
+      Vec group = {}, ref_group = {}, weighted_group = {}, cross_group = {};
+      for (int i = begin; i < begin + kGroup; i += W) {
+        const Vec d = (load(block + i) - base) * rate;
+        const Vec r = (load(ref_block + i) - ref_base) * rate;
+        const Vec e = exp_negative(d);
+        const Vec difference = d - r;
+        group = group + e;
+        ref_group = ref_group + exp_negative(r);
+        // The floor keeps 0 * -inf out; below it e is no longer exp d.
+        weighted_group = fma(e, max(splat<Vec>(-87.0f), d), weighted_group);
+        cross_group = fma(e, d < -87.0f ? Vec{} : difference, cross_group);
+        widest = max(difference, widest);  // NaN, where both are -inf, is passed over
+        between(i);
+      }
+      total.add(group);
+      ref_total.add(ref_group);
+      weighted.add(weighted_group);
+      cross.add(cross_group);
     };
     if (left >= kBlock) {
       top = ref_top = splat<Vec>(-kInfinity);
-      for (int i = 0; i < kBlock; i += kGroup)
-        for (int u = 0; u < kUnroll; ++u) {
-          const int column = i + u * W;
-          fold(column, u);
-          const Vec x = load(next + column), y = load(next_ref + column);
-          prefetch(next, column);
-          prefetch(next_ref, column);
-          store(next_block + column, x);
-          store(next_ref_block + column, y);
+      for (int group = 0; group < kBlock; group += kGroup)
+        fold(group, [&](int i) {
+          const Vec x = load(next + i), y = load(next_ref + i);
+          prefetch(next, i);
+          prefetch(next_ref, i);
+          store(next_block + i, x);
+          store(next_ref_block + i, y);
           top = max(x, top);
           ref_top = max(y, ref_top);
-        }
+        });
     } else {
-      for (int i = 0; i < filled; i += kGroup)
-        for (int u = 0; u < kUnroll; ++u) fold(i + u * W, u);
+      for (int group = 0; group < filled; group += kGroup) fold(group, [](int) {});
       if (left > 0) {
         filled = left;
         top = stage(next, left, next_block);
         ref_top = stage(next_ref, left, next_ref_block);
       }
     }
-    for (int u = 1; u < kUnroll; ++u) {
-      total[0] = total[0] + total[u];
-      ref_total[0] = ref_total[0] + ref_total[u];
-      weighted[0] = weighted[0] + weighted[u];
-      cross[0] = cross[0] + cross[u];
-    }
-    state.total += sum(total[0]);
-    state.ref_total += sum(ref_total[0]);
-    state.weighted += sum(weighted[0]);
-    state.cross += sum(cross[0]);
+    state.total += total.total();
+    state.ref_total += ref_total.total();
+    state.weighted += weighted.total();
+    state.cross += cross.total();
   }
   state.widest = largest(widest);
   return state;
@@ -302,9 +302,8 @@ void backward(const KlBackwardArgs& args) {
 // Calls f(T{}, R{}) with the types of the policy's and the reference's logits.
 template <class Function>
 void with_types(const LogitRows& in, const LogitRows& ref, Function f) {
-  with_type(in.dtype, [&](auto type) {
-    with_type(ref.dtype, [&](auto ref_type) { f(type, ref_type); });
-  });
+  with_type(in.dtype,
+            [&](auto type) { with_type(ref.dtype, [&](auto ref_type) { f(type, ref_type); }); });
 }
 
 }  // namespace
@@ -314,15 +313,13 @@ void kl_estimate(const KlEstimateArgs& args) { estimates<false>(args); }
 void kl_estimate_backward(const KlEstimateArgs& args) { estimates<true>(args); }
 
 void kl(const KlArgs& args) {
-  with_types(args.in, args.ref, [&](auto type, auto ref_type) {
-    forward<decltype(type), decltype(ref_type)>(args);
-  });
+  with_types(args.in, args.ref,
+             [&](auto type, auto ref_type) { forward<decltype(type), decltype(ref_type)>(args); });
 }
 
 void kl_backward(const KlBackwardArgs& args) {
-  with_types(args.in, args.ref, [&](auto type, auto ref_type) {
-    backward<decltype(type), decltype(ref_type)>(args);
-  });
+  with_types(args.in, args.ref,
+             [&](auto type, auto ref_type) { backward<decltype(type), decltype(ref_type)>(args); });
 }
 
 }  // namespace rlhf::RLHF_ISA

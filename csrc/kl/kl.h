@@ -80,8 +80,8 @@ RLHF_HD F kl_estimate_gradient(F grad, F logprob, F ref_logprob, const KlEstimat
   const F d = difference(logprob, ref_logprob);
   const Estimate<F> k = kl_estimate(d, args.estimator);
   const Mask<F> finite = (abs(logprob) < infinity) & (abs(ref_logprob) < infinity);
-  const Mask<F> inside = (abs(d) <= splat<F>(args.clamp_in)) &
-                         (abs(k.value) <= splat<F>(args.clamp_out));
+  const Mask<F> inside =
+      (abs(d) <= splat<F>(args.clamp_in)) & (abs(k.value) <= splat<F>(args.clamp_out));
   return finite & inside ? grad * k.slope : splat<F>(0.0f);
 }
 
@@ -91,7 +91,7 @@ RLHF_HD F kl_estimate_gradient(F grad, F logprob, F ref_logprob, const KlEstimat
 // log-prob and entropy times rate.
 struct KlRow {
   float rate, row_max, log_sum, ref_row_max;
-  float k, mean;          // mean = sum p (d - r)
+  float k, mean, lost;    // mean + lost = sum p (d - r): it cancels where one token has all of p
   float g;                // 0 for a log-prob of -inf, NaN for an id out of range
   float h, entropy_mean;  // entropy_mean = sum p d
   bool with_kl;           // false where KL is +inf: it gets no gradient, but what is beside it does
@@ -106,7 +106,9 @@ RLHF_HD KlRow kl_row(const KlBackwardArgs& args, int64_t row, float chosen) {
   c.log_sum = args.log_sum[row];
   c.with_kl = args.kl[row] != kInfinity;
   c.k = c.with_kl ? args.grad_kl[row] * c.rate : 0.0f;
-  c.mean = args.kl[row] + (c.log_sum - args.ref_log_sum[row]);
+  const double mean = static_cast<double>(args.kl[row]) + c.log_sum - args.ref_log_sum[row];
+  c.mean = static_cast<float>(mean);
+  c.lost = c.with_kl ? static_cast<float>(mean - c.mean) : 0.0f;
   c.g = args.grad_logprob && chosen != -kInfinity
             ? args.grad_logprob[row] * c.rate + (chosen - chosen)
             : 0.0f;
@@ -125,7 +127,7 @@ RLHF_HD F kl_gradient(F z, F q, const KlRow& c) {
   const auto none = log_p < -87.0f;
   const F p = fast_exp_negative(log_p);
   F slope = (max(splat<F>(-256.0f), d) - c.entropy_mean) * -c.h;
-  if (KL) slope = slope + (d - (q - c.ref_row_max) * c.rate - c.mean) * c.k;
+  if (KL) slope = slope + (d - (q - c.ref_row_max) * c.rate - c.mean - c.lost) * c.k;
   const F zero = splat<F>(0.0f);
   if (CHOSEN) return (none ? zero : p * slope) - expm1_negative(log_p) * c.g;
   return none ? zero : p * (slope - c.g);
