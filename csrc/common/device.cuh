@@ -24,6 +24,7 @@ RLHF_HD F splat(float x) {
 }
 
 RLHF_HD float max(float a, float b) { return a > b ? a : b; }
+RLHF_HD float min(float a, float b) { return a < b ? a : b; }
 RLHF_HD float abs(float x) { return fabsf(x); }
 RLHF_HD float fma(float a, float b, float c) { return fmaf(a, b, c); }
 RLHF_HD float times_power_of_2(float x, float, float shifted) {

@@ -16,14 +16,33 @@ inline Vec load_some(const float* p, int n) {
   return x;
 }
 
-inline void store_some(float* p, Vec x, int n) { std::memcpy(p, &x, n * sizeof(float)); }
+inline void store_some(float* p, Vec x, int n) {
+  if (n == W) return store(p, x);
+  std::memcpy(p, &x, n * sizeof(float));
+}
+
+inline IntVec widened(ByteVec bytes) {
+  // GCC 12 would convert byte by byte.
+#if defined(__AVX512F__)
+  return bits_of<IntVec>(_mm512_cvtepu8_epi32(bits_of<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  int64_t low;
+  std::memcpy(&low, &bytes, sizeof low);
+  return bits_of<IntVec>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(low)));
+#else
+  return __builtin_convertvector(bytes, IntVec);
+#endif
+}
 
 // All ones where one of the first n tokens counts; no mask counts all n.
 inline IntVec load_mask(const uint8_t* p, int n) {
-  ByteVec bytes = {};
   if (p) {
-    std::memcpy(&bytes, p, n);
-    return __builtin_convertvector(bytes, IntVec) != 0;
+    ByteVec bytes = {};
+    if (n == W)
+      std::memcpy(&bytes, p, W);
+    else
+      std::memcpy(&bytes, p, n);
+    return widened(bytes) != 0;
   }
   IntVec lane;
   for (int i = 0; i < W; ++i) lane[i] = i;

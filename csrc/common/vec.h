@@ -56,6 +56,19 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
+// a < b ? a : b, which is b where either is NaN.
+inline Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 inline Vec abs(Vec x) { return bits_of<Vec>(bits_of<UintVec>(x) & 0x7fffffffu); }
 
 // a * b + c, with one rounding where the processor can.

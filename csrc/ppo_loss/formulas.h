@@ -18,11 +18,10 @@ namespace rlhf::RLHF_ISA {
 template <class F>
 using Mask = decltype(F{} < F{});
 
-// NaN stays NaN.
+// NaN stays NaN; a bound that is NaN is none.
 template <class F>
 RLHF_HD F clamp(F x, F low, F high) {
-  x = x < low ? low : x;
-  return x > high ? high : x;
+  return min(high, max(low, x));
 }
 
 // x - y, 0 where both are the same infinity.
@@ -37,24 +36,19 @@ struct Exponentials {
   F exp, minus_one, minus_line;
 };
 
-// Each to about an ulp of its own; exp_negative is as good above 0 until the result overflows.
+// For |x| <= 87. Near 0, where the differences would cancel, Taylor: the first term left out is
+// 1e-8 of the sum at the switch.
 template <class F>
 RLHF_HD Exponentials<F> exponentials(F x) {
-  const F e = x > 88.72283f ? splat<F>(kInfinity) : exp_negative(x);
-  // Taylor: the first term left out is 4e-8 of the sum at |x| = 1.
-  F series = fma(x, splat<F>(1.0f / 3628800), splat<F>(1.0f / 362880));
-  series = fma(x, series, splat<F>(1.0f / 40320));
-  series = fma(x, series, splat<F>(1.0f / 5040));
-  series = fma(x, series, splat<F>(1.0f / 720));
+  const F e = exp_negative(x);  // as good above 0 until the result overflows
+  F series = fma(x, splat<F>(1.0f / 5040), splat<F>(1.0f / 720));
   series = fma(x, series, splat<F>(1.0f / 120));
   series = fma(x, series, splat<F>(1.0f / 24));
   series = fma(x, series, splat<F>(1.0f / 6));
-  series = fma(x, series, splat<F>(0.5f)) * x * x;
-  const Mask<F> near = abs(x) < 1.0f;
+  series = fma(x, series, splat<F>(0.5f)) * (x * x);
+  const Mask<F> near = abs(x) < 0.25f;
   const F above = e - 1.0f;
-  // exp(inf) - inf is infinite here.
-  const F line = e == kInfinity ? e : above - x;
-  return {e, near ? series + x : above, near ? series : line};
+  return {e, near ? series + x : above, near ? series : above - x};
 }
 
 template <class F>
@@ -73,7 +67,11 @@ RLHF_HD Estimate<F> kl_estimate(F d, KlEstimator estimator) {
     case KlEstimator::k2:
       return {d * 0.5f * d, d};
     default: {
-      const Exponentials<F> e = exponentials(-d);
+      Exponentials<F> e = exponentials(-d);
+      // Beyond, exp(x) - 1 - x is -1 - x or infinite; not inf - inf.
+      const F infinity = splat<F>(kInfinity);
+      e.minus_one = d < -88.72283f ? infinity : e.minus_one;
+      e.minus_line = d < -88.72283f ? infinity : e.minus_line;
       return {e.minus_line, -e.minus_one};
     }
   }

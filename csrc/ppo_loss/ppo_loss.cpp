@@ -14,6 +14,12 @@
 namespace rlhf::RLHF_ISA {
 namespace {
 
+// One function per kind: pointers, options and sums stay in registers.
+#define RLHF_INLINE __attribute__((always_inline)) inline
+
+// Seven tensors are read at once, more than the processor follows by itself: 0.62 for 0.74 ms
+// (256 x 1024 tokens, one thread).
+constexpr int kAhead = 512;      // floats
 constexpr int64_t kPart = 4096;  // tokens of a part, and at least of a thread's turn
 
 // A part of a row, and what its terms are multiplied with.
@@ -23,7 +29,8 @@ struct Part {
   float mean_log_ratio;  // of the row, gspo
 };
 
-Vec live_load(const float* p, int64_t t, int n, IntVec live) {
+RLHF_INLINE Vec live_load(const float* p, int64_t t, int n, IntVec live) {
+  __builtin_prefetch(p + t + kAhead);
   return live ? load_some(p + t, n) : Vec{};
 }
 
@@ -40,7 +47,8 @@ int total(IntVec counts) {
 }
 
 // KL against the reference of tokens with log-prob `lp`; returns what it adds to their slope.
-Vec kl_tokens(const PpoLossArgs& args, Vec lp, int64_t t, int n, IntVec live, Sums& sums) {
+RLHF_INLINE Vec kl_tokens(const PpoLossArgs& args, Vec lp, int64_t t, int n, IntVec live,
+                          Sums& sums) {
   const Vec ref = live_load(args.ref_logprob, t, n, live);
   const auto kl = kl_estimate(difference(lp, ref), static_cast<KlEstimator>(args.estimator));
   sums.kl.add(live ? kl.value : Vec{});
@@ -50,8 +58,8 @@ Vec kl_tokens(const PpoLossArgs& args, Vec lp, int64_t t, int n, IntVec live, Su
 }
 
 template <Kind kind>
-void policy_tokens(const PpoLossArgs& args, const Part& part, int64_t t, int n, IntVec live,
-                   Sums& sums) {
+RLHF_INLINE void policy_tokens(const PpoLossArgs& args, const Part& part, int64_t t, int n,
+                               IntVec live, Sums& sums) {
   const Vec lp = live_load(args.logprob, t, n, live);
   const Vec advantage = live_load(args.advantages, t, n, live);
   const Vec d = difference(lp, live_load(args.old_logprob, t, n, live));
@@ -70,10 +78,10 @@ void policy_tokens(const PpoLossArgs& args, const Part& part, int64_t t, int n, 
   sums.policy.add(term.loss);
   sums.difference.add(d);
   sums.k3.add(e.minus_line);
-  sums.ratio.add(live ? rho : Vec{});
-  const Vec smallest = live ? rho : splat<Vec>(kInfinity), largest = live ? rho : Vec{};
-  sums.ratio_min = smallest < sums.ratio_min ? smallest : sums.ratio_min;
-  sums.ratio_max = largest > sums.ratio_max ? largest : sums.ratio_max;
+  const Vec counted = live ? rho : Vec{};
+  sums.ratio.add(counted);
+  sums.ratio_min = min(live ? rho : splat<Vec>(kInfinity), sums.ratio_min);
+  sums.ratio_max = max(counted, sums.ratio_max);
   sums.clip_low -= term.low & live;  // all ones is -1
   sums.clip_high -= term.high & live;
   sums.dual_clip -= term.dual & live;
@@ -84,8 +92,8 @@ void policy_tokens(const PpoLossArgs& args, const Part& part, int64_t t, int n, 
     store_some(args.grad_advantages + t, live ? -lp * weight * part.factor : Vec{}, n);
 }
 
-void value_tokens(const PpoLossArgs& args, const Part& part, int64_t t, int n, IntVec live,
-                  Sums& sums) {
+RLHF_INLINE void value_tokens(const PpoLossArgs& args, const Part& part, int64_t t, int n,
+                              IntVec live, Sums& sums) {
   const auto term =
       value_term(live_load(args.values, t, n, live), live_load(args.old_values, t, n, live),
                  live_load(args.returns, t, n, live), args.value_clip);
@@ -98,7 +106,7 @@ void value_tokens(const PpoLossArgs& args, const Part& part, int64_t t, int n, I
 }
 
 template <Kind kind>
-void tokens(const PpoLossArgs& args, const Part& part, int64_t t, int n, Sums& sums) {
+RLHF_INLINE void tokens(const PpoLossArgs& args, const Part& part, int64_t t, int n, Sums& sums) {
   const IntVec live = load_mask(args.mask ? args.mask + t : nullptr, n);
   if (args.logprob) policy_tokens<kind>(args, part, t, n, live, sums);
   if (args.values) value_tokens(args, part, t, n, live, sums);
@@ -110,7 +118,7 @@ void tokens(const PpoLossArgs& args, const Part& part, int64_t t, int n, Sums& s
 }
 
 template <Kind kind>
-Partial part_sums(const PpoLossArgs& args, const Part& part) {
+Partial part_sums(const PpoLossArgs args, const Part part) {  // by value: no store changes them
   Sums sums;
   int64_t t = part.begin;
   for (; t + W <= part.end; t += W) tokens<kind>(args, part, t, W, sums);
@@ -195,20 +203,6 @@ void ppo_loss(const PpoLossArgs& args) {
   for (int64_t i = 0; i < args.rows * parts; ++i)
     add(totals, partials[i], row_scale(args.reduction, counts[i / parts]));
   finish(args, totals, all, denominator);
-}
-
-void scale(const ScaleArgs& args) {
-  constexpr int64_t kBlock = 16384;
-  const Vec grad = splat<Vec>(*args.grad);
-  parallel_for((args.size + kBlock - 1) / kBlock, 2, args.threads, [&](int64_t block) {
-    const int64_t end = std::min((block + 1) * kBlock, args.size);
-    for (int64_t i = block * kBlock; i < end; i += W) {
-      const int n = static_cast<int>(std::min<int64_t>(W, end - i));
-      const Vec unit = load_some(args.unit + i, n);
-      // 0 stays 0 where the upstream gradient overflowed: a masked token gets nothing.
-      store_some(args.out + i, unit == 0.0f ? Vec{} : unit * grad, n);
-    }
-  });
 }
 
 }  // namespace rlhf::RLHF_ISA

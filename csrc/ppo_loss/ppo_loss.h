@@ -54,23 +54,13 @@ struct PpoLossArgs {
   int threads;  // CPU
 };
 
-// out = grad unit: a gradient for an upstream gradient, from that for 1.
-struct ScaleArgs {
-  const float *grad, *unit;  // [1], [size]
-  float* out;                // [size]
-  int64_t size;
-  int threads;  // CPU
-};
-
 namespace cuda {
 void ppo_loss(const PpoLossArgs& args, int device, void* stream);
-void scale(const ScaleArgs& args, int device, void* stream);
-}  // namespace cuda
+}
 
 }  // namespace rlhf
 
 RLHF_CPU_KERNEL(ppo_loss, PpoLossArgs)
-RLHF_CPU_KERNEL(scale, ScaleArgs)
 
 #if defined(RLHF_ISA)
 #include "ppo_loss/formulas.h"
