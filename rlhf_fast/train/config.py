@@ -214,8 +214,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def write_yaml(config: Config, path: Path) -> None:
-    """All options of `config`, as `read_yaml` reads them."""
-    values = dataclasses.asdict(config) | {"resume": False, "overwrite": False}
+    """The options of `config`, as `read_yaml` reads them; those of one call only are left out."""
+    values = dataclasses.asdict(config)
+    for name in ("resume", "overwrite", "stop_at"):
+        del values[name]
     path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -33,8 +33,18 @@ from rlhf_fast.train import report
 from rlhf_fast.train.config import Config, write_yaml
 from rlhf_fast.train.models import replace_folder
 
-_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "report.html")
-_FOLDERS = ("checkpoints", "model")
+# What a run leaves. A config.yaml alone is no run: one that found no model or no data leaves it.
+_LEFT = ("metrics.jsonl", "samples.jsonl", "report.html", "checkpoints", "model")
+
+
+class Results(dict[str, float]):
+    """What a stage returns; in every checkpoint, so that a resumed run returns the same."""
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(self)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.update(state)
 
 
 class Run:
@@ -48,7 +58,15 @@ class Run:
         transformers_logging.disable_progress_bar()
         self.stage, self.config = stage, config
         self.bar: Any = None
-        self.accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+        # Buffers are constants here; a forward that sends them waits for a rank that has no
+        # batch, as it may happen in evaluations.
+        self.accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision=config.precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.results = Results()
+        self.accelerator.register_for_checkpointing(self.results)
         self.device = self.accelerator.device
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
@@ -65,7 +83,7 @@ class Run:
         set_seed(config.seed)
 
     def _open_folder(self) -> None:
-        found = [name for name in (*_FILES, *_FOLDERS) if (self.output / name).exists()]
+        found = [name for name in _LEFT if (self.output / name).exists()]
         if found and not (self.config.resume or self.config.overwrite):
             raise ValueError(
                 f"output: expected a folder without a run, got {self.output} with "
@@ -76,6 +94,8 @@ class Run:
             for name in found:
                 path = self.output / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for torn in self.checkpoints.glob(".step-*.writing"):  # of a run that was killed
+            shutil.rmtree(torn)
         write_yaml(self.config, self.output / "config.yaml")
 
     # ---------------------------------------------------------------------------- training state
@@ -264,4 +284,4 @@ def _keep_until(path: Path, step: int) -> None:
 
 def epochs_to_steps(config: Config, items: int) -> int:
     """`steps`, or as many as `epochs` passes over `items` take."""
-    return config.steps or math.ceil(items / config.batch_size) * config.epochs
+    return config.steps or math.ceil(items * config.epochs / config.batch_size)

@@ -17,7 +17,7 @@ import rlhf_fast
 from rlhf_fast.train import batches
 from rlhf_fast.train.batches import Batch, Example
 from rlhf_fast.train.config import Config, parse
-from rlhf_fast.train.models import load_causal_lm, load_tokenizer, positions
+from rlhf_fast.train.models import check_fit, load_causal_lm, load_tokenizer, positions
 from rlhf_fast.train.run import Run, epochs_to_steps
 
 
@@ -52,7 +52,7 @@ def held_out_loss(run: Run, model: Any, examples: Sequence[Example], filler: int
 
 
 def train(config: Config) -> dict[str, float]:
-    """Run the stage; the losses before and behind it."""
+    """Run the stage; the held-out losses before and behind it."""
     config.need("sft", "model", "data")
     run = Run("sft", config)
     tokenizer, model = load_tokenizer(config.model), load_causal_lm(config.model)
@@ -65,15 +65,15 @@ def train(config: Config) -> dict[str, float]:
     if not eval_examples:  # a text is one record: its last blocks are held out
         kept = len(examples) - int(config.eval_fraction * len(examples))
         examples, eval_examples = examples[:kept], examples[kept:]
+    check_fit(model, filler, *(example.ids for example in (*examples, *eval_examples)))
     steps = epochs_to_steps(config, len(examples))
     order = batches.Order(len(examples), config.seed)
     (model,), optimizer = run.prepare(model)
     model.train()
     done = run.resume()
-    first = last = None
     if done == 0 and eval_examples:
-        first = held_out_loss(run, model, eval_examples, filler)
-        run.say(f"held-out loss {first:.4f} nats per token before training")
+        loss = run.results["loss_before"] = held_out_loss(run, model, eval_examples, filler)
+        run.say(f"held-out loss {loss:.4f} nats per token before training")
 
     for step in run.steps(done, steps):
         start = time.perf_counter()
@@ -99,19 +99,19 @@ def train(config: Config) -> dict[str, float]:
             "tokens_per_second": tokens.item() / (time.perf_counter() - start),
         }
         if eval_examples and run.evaluates_after(step, steps):
-            last = metrics["eval_loss"] = held_out_loss(run, model, eval_examples, filler)
+            metrics["eval_loss"] = held_out_loss(run, model, eval_examples, filler)
+            run.results["loss"] = metrics["eval_loss"]
         run.log(step + 1, metrics)
 
-    if last is not None:
-        run.say(f"held-out loss {last:.4f} nats per token")
+    if "loss" in run.results:
+        run.say(f"held-out loss {run.results['loss']:.4f} nats per token")
 
     def write_model(folder) -> None:
         run.accelerator.unwrap_model(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     run.finish(write_model)
-    losses = {"loss_before": first, "loss": last}
-    return {name: loss for name, loss in losses.items() if loss is not None}
+    return dict(run.results)
 
 
 def main(argv: Sequence[str]) -> int:
