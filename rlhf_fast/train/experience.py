@@ -60,7 +60,13 @@ def gold_function(config: Config) -> Gold | None:
     if not config.gold:
         return None
     module, _, name = config.gold.partition(":")
-    function = getattr(importlib.import_module(module), name, None) if name else None
+    try:
+        function = getattr(importlib.import_module(module), name, None) if name else None
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"gold: expected module:function, got {config.gold!r}: {error} (set PYTHONPATH where "
+            "it is a file of yours)"
+        ) from error
     if not callable(function):
         raise ValueError(f"gold: expected module:function, got {config.gold!r}")
     return function
@@ -118,6 +124,7 @@ class Actors:
             eos_ids=(self.tokenizer.eos_token_id,),
             seed=seed,
             max_slots=config.max_slots,
+            max_len=config.max_prompt_tokens + config.max_new_tokens,
         )
         mask = out.mask.bool()
         zeros = torch.zeros_like(out.logprob)

@@ -18,6 +18,7 @@ The policy is always in evaluation mode: with dropout, the ratio of the first pa
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -101,7 +102,7 @@ def policy_gradient_loss(
             normalizer=normalizer,
         )  # fmt: skip
         # Each function leaves the other's statistics at 0; both count the tokens.
-        stats = torch.maximum(policy_part.stats, value_part.stats)
+        stats = torch.where(policy_part.stats != 0, policy_part.stats, value_part.stats)
         return rlhf_fast.Loss(policy_part.loss + config.value_coef * value_part.loss, stats)
     return rlhf_fast.ppo_loss(
         logprob, part.logprob, part.advantages, values, part.values, part.returns, part.mask,
@@ -118,7 +119,7 @@ def load_models(run: Run) -> tuple[Any, Any, Any, Any, Any]:
     if load_tokenizer(config.reward_model).get_vocab() != tokenizer.get_vocab():
         raise ValueError("reward_model: expected the tokenizer of model, got another vocabulary")
     policy, reference = load_causal_lm(config.model), load_causal_lm(config.model)
-    reward, value = load_scalar_model(config.reward_model), None
+    reward, value = load_scalar_model(config.reward_model, trained=True), None
     if config.algorithm != "reinforce":
         start = config.reward_model if config.value_from == "reward" else config.model
         value = load_scalar_model(start)
@@ -135,7 +136,15 @@ def train(config: Config) -> dict[str, float]:
     config.need("ppo", "model", "reward_model", "data")
     if config.ptx_coef:
         config.need("ppo with ptx_coef", "pretraining_data")
+    if not config.temperature:
+        raise ValueError("temperature: expected a number > 0 to learn from samples, got 0")
     run = Run("ppo", config)
+    responses = config.batch_size // run.ranks * config.samples_per_prompt
+    if config.algorithm == "ppo" and config.minibatches > responses:
+        raise ValueError(
+            f"minibatches: expected at most {responses}, the responses of a step and rank, got "
+            f"{config.minibatches}"
+        )
     tokenizer, *models = load_models(run)
     actors = Actors(config, tokenizer, *models)
     # The same modules as the actors', wrapped where there are several ranks.
@@ -149,14 +158,15 @@ def train(config: Config) -> dict[str, float]:
     )
     if not prompts:
         raise ValueError(f"data: expected prompts, got none in {config.data}")
+    if len(eval_prompts) < run.ranks:
+        eval_prompts = []  # each rank needs one, or it would miss the sums over ranks
     pretraining = Pretraining(run, tokenizer) if config.ptx_coef else None
     order = batches.Order(len(prompts), config.seed)
     steps = epochs_to_steps(config, len(prompts))
     done = run.resume()
-    result = {}
     if done == 0 and eval_prompts:
         found = evaluate(run, actors, eval_prompts, 0)
-        result = {f"{name}_before": number for name, number in found.items()}
+        run.results |= {f"{name}_before": number for name, number in found.items()}
         run.log(0, {f"eval_{name}": number for name, number in found.items()})
 
     for step in run.steps(done, steps):
@@ -166,7 +176,7 @@ def train(config: Config) -> dict[str, float]:
         batch = [prompts[i] for i in chosen]
         # 2^20 rollouts, each with its own seed on each rank.
         seed = ((config.seed << 20) + step) * run.ranks + run.rank
-        rollout = actors.collect(batch, seed, run.device)
+        rollout = collect(run, actors, batch, seed)
         sampled = time.perf_counter()
         rewards = add_advantages(run, rollout, kl_controller.coef)
         metrics = describe(run, rollout, rewards, actors.gold_scores(batch, rollout))
@@ -179,7 +189,7 @@ def train(config: Config) -> dict[str, float]:
         if eval_prompts and run.evaluates_after(step, steps):
             found = evaluate(run, actors, eval_prompts, step + 1)
             metrics |= {f"eval_{name}": number for name, number in found.items()}
-            result |= found
+            run.results |= found
         run.log(step + 1, metrics)
 
     def write_model(folder) -> None:
@@ -187,7 +197,14 @@ def train(config: Config) -> dict[str, float]:
         tokenizer.save_pretrained(folder)
 
     run.finish(write_model)
-    return result
+    return dict(run.results)
+
+
+def collect(run: Run, actors: Actors, prompts: list[str], seed: int) -> Experience:
+    """A rollout in which reference and reward model have the precision of the policy: accelerate
+    switches mixed precision on in the models that it has prepared only."""
+    with run.accelerator.autocast():
+        return actors.collect(prompts, seed, run.device)
 
 
 def improve(
@@ -262,7 +279,8 @@ class Pretraining:
     def batch(self, place: int, pieces: int) -> list[Batch]:
         """This rank's micro-batches of optimiser step number `place`."""
         config, run = self.run.config, self.run
-        rows = config.ptx_batch or max(config.batch_size * config.samples_per_prompt // pieces, 1)
+        rows = config.ptx_batch or config.batch_size * config.samples_per_prompt // pieces
+        rows = math.ceil(rows / run.ranks) * run.ranks  # every rank takes part in every step
         chosen = self.order.batch(place, rows, run.rank, run.ranks)
         return [
             batches.pad([self.blocks[i] for i in part], self.filler, run.device)
@@ -298,9 +316,7 @@ def evaluate(run: Run, actors: Actors, prompts: list[str], step: int) -> dict[st
     """Score, gold reward and KL of responses to held-out prompts, sampled with one seed always."""
     config = run.config
     chosen = prompts[: config.eval_batches * config.batch_size][run.rank :: run.ranks]
-    if not chosen:
-        return {}
-    rollout = actors.collect(chosen, config.seed, run.device)
+    rollout = collect(run, actors, chosen, config.seed * run.ranks + run.rank)
     gold = actors.gold_scores(chosen, rollout)
     found = describe(run, rollout, torch.zeros_like(rollout.logprob), gold)
     shown = {"score": rollout.scores.tolist()} | ({} if gold is None else {"gold": gold.tolist()})

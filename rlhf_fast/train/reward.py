@@ -20,7 +20,7 @@ from rlhf_fast.train import batches
 from rlhf_fast.train.batches import Example
 from rlhf_fast.train.config import Config, parse
 from rlhf_fast.train.data import Record
-from rlhf_fast.train.models import at_last_token, load_scalar_model, load_tokenizer
+from rlhf_fast.train.models import at_last_token, check_fit, load_scalar_model, load_tokenizer
 from rlhf_fast.train.run import Run, epochs_to_steps
 
 
@@ -111,15 +111,17 @@ def train(config: Config) -> dict[str, float]:
     prompts, eval_prompts = (encode_ranked(tokenizer, config, part) for part in (records, rest))
     if not prompts:
         raise ValueError(f"data: expected ranked completions, found no pair in {config.data}")
+    texts = (text.ids for p in (*prompts, *eval_prompts) for text in p.completions)
+    check_fit(scorer, filler, *texts)
     steps = epochs_to_steps(config, len(prompts))
     order = batches.Order(len(prompts), config.seed)
     (model,), optimizer = run.prepare(scorer)
     model.train()
     done = run.resume()
-    first = last = None
     if done == 0 and eval_prompts:
-        first = held_out(run, model, eval_prompts, filler)
-        run.say(f"held-out pairs: {first[1]:.1%} right before training")
+        _, accuracy = held_out(run, model, eval_prompts, filler)
+        run.results["accuracy_before"] = accuracy
+        run.say(f"held-out pairs: {accuracy:.1%} right before training")
 
     for step in run.steps(done, steps):
         start = time.perf_counter()
@@ -148,12 +150,13 @@ def train(config: Config) -> dict[str, float]:
             / (time.perf_counter() - start),
         }
         if eval_prompts and run.evaluates_after(step, steps):
-            last = held_out(run, model, eval_prompts, filler)
-            metrics |= {"eval_loss": last[0], "eval_accuracy": last[1]}
+            eval_loss, accuracy = held_out(run, model, eval_prompts, filler)
+            metrics |= {"eval_loss": eval_loss, "eval_accuracy": accuracy}
+            run.results["accuracy"] = accuracy
         run.log(step + 1, metrics)
 
-    if last is not None:
-        run.say(f"held-out pairs: {last[1]:.1%} right")
+    if "accuracy" in run.results:
+        run.say(f"held-out pairs: {run.results['accuracy']:.1%} right")
     shift = mean_best_score(run, model, prompts, filler)
 
     def write_model(folder) -> None:
@@ -164,11 +167,7 @@ def train(config: Config) -> dict[str, float]:
         tokenizer.save_pretrained(folder)
 
     run.finish(write_model)
-    return {
-        name: pair[1]
-        for name, pair in (("accuracy_before", first), ("accuracy", last))
-        if pair is not None
-    }
+    return dict(run.results)
 
 
 def main(argv: Sequence[str]) -> int:
