@@ -22,6 +22,8 @@ from rlhf_fast.train.config import Config, parse
 from rlhf_fast.train.data import Record, load
 from rlhf_fast.train.models import (
     at_last_token,
+    check_fit,
+    device_of,
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
@@ -34,11 +36,13 @@ Scorer = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
 def reward_scorer(config: Config) -> tuple[Any, Scorer]:
     """(tokenizer, function from examples to their scores) of the reward model."""
     tokenizer = load_tokenizer(config.reward_model)
-    model = load_scalar_model(config.reward_model).eval()
+    device = device_of(config)
+    model = load_scalar_model(config.reward_model, trained=True).eval().to(device)
     filler = batches.pad_id(tokenizer)
 
     def score(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        batch = batches.pad(examples, filler, torch.device("cpu"))
+        check_fit(model, filler, *(example.ids for example in examples))
+        batch = batches.pad(examples, filler, device)
         return {"reward model": at_last_token(model(batch.ids, batch.mask), batch.mask)}
 
     return tokenizer, score
@@ -47,11 +51,13 @@ def reward_scorer(config: Config) -> tuple[Any, Scorer]:
 def language_scorer(config: Config) -> tuple[Any, Scorer]:
     """(tokenizer, function from examples to the log-probs of their responses) of the model."""
     tokenizer = load_tokenizer(config.model)
-    model = load_causal_lm(config.model).eval()
+    device = device_of(config)
+    model = load_causal_lm(config.model).eval().to(device)
     filler = batches.pad_id(tokenizer)
 
     def score(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        batch = batches.pad(examples, filler, torch.device("cpu"))
+        check_fit(model, filler, *(example.ids for example in examples))
+        batch = batches.pad(examples, filler, device)
         total = token_logprobs(model, batch).sum(1)
         tokens = batch.response[:, 1:].sum(1).clamp(min=1)
         return {"log-prob, sum": total, "log-prob, mean per token": total / tokens}
@@ -111,6 +117,7 @@ def main(argv: Sequence[str]) -> int:
     if config is None:
         return 0
     config.need("eval", "data")
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     if not (config.model or config.reward_model):
         raise ValueError("eval needs --reward_model or --model")
     records = [r for r in load(config.data, config.data_format) if r.has_pair]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_fast.rollout.models import position_limit
+from rlhf_fast.train.config import Config
+
 HEAD = "scalar_head.safetensors"
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def folder_of(name: str) -> str:
     """`name`, or the `model/` inside it where `name` is the output of a stage."""
-    inner = Path(name) / "model"
-    return str(inner) if inner.is_dir() else name
+    path = Path(name).expanduser()
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{name}: no such folder, and not the name of a model on the hub")
+    if not path.is_dir():
+        return name
+    return str(path / "model" if (path / "model").is_dir() else path)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -67,7 +74,9 @@ class ScalarModel(nn.Module):
         hidden = self.backbone(
             input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
         ).last_hidden_state
-        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
+        # Rewards and values in float32 under mixed precision too: bfloat16 would make ties of them.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
 
     def save_pretrained(self, folder: Path) -> None:
         """The backbone as transformers saves it, with the head beside it."""
@@ -75,13 +84,43 @@ class ScalarModel(nn.Module):
         save_file(self.head.state_dict(), folder / HEAD)
 
 
-def load_scalar_model(name: str) -> ScalarModel:
-    """A reward model from a stage's output, or a new head on a language model's transformer."""
-    model = ScalarModel(_load(AutoModel, name))
+def load_scalar_model(name: str, *, trained: bool = False) -> ScalarModel:
+    """A reward model from a stage's output, or a new head on a language model's transformer.
+
+    With `trained` the head must be there: the scores of a new one are random.
+    """
     head = Path(folder_of(name)) / HEAD
+    if trained and not head.is_file():
+        raise ValueError(
+            f"reward_model: expected the output of the reward stage, got {name} without {HEAD}"
+        )
+    model = ScalarModel(_load(AutoModel, name))
     if head.is_file():
         model.head.load_state_dict(load_file(head))
     return model
+
+
+def check_fit(model: Any, filler: int, *sequences: Sequence[int]) -> None:
+    """Raise `ValueError` where `model` has no embedding for an id or no position for a token."""
+    transformer = getattr(model, "backbone", model)
+    rows, limit = transformer.get_input_embeddings().num_embeddings, position_limit(transformer)
+    highest = max(filler, *(max(ids) for ids in sequences))
+    if highest >= rows:
+        raise ValueError(
+            f"model: expected a tokenizer with ids below {rows}, the model's embeddings, got "
+            f"{highest}"
+        )
+    longest = max(len(ids) for ids in sequences)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"max_prompt_tokens, max_response_tokens: expected texts of at most {limit} tokens, "
+            f"the model's positions, got {longest}"
+        )
+
+
+def device_of(config: Config) -> torch.device:
+    """Where a stage without training computes."""
+    return torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import rlhf_fast
 from rlhf_fast.train import batches
 from rlhf_fast.train.config import Config, parse
 from rlhf_fast.train.data import Record, load
-from rlhf_fast.train.models import load_causal_lm, load_tokenizer
+from rlhf_fast.train.models import device_of, load_causal_lm, load_tokenizer
 
 
 def complete(config: Config, prompts: Sequence[str]) -> list[dict]:
@@ -21,9 +21,9 @@ def complete(config: Config, prompts: Sequence[str]) -> list[dict]:
 
     `logprob` is the completion's, in nats, under the distribution that it was drawn from.
     """
-    tokenizer, model = load_tokenizer(config.model), load_causal_lm(config.model)
-    if config.device == "auto" and torch.cuda.is_available():
-        model = model.to("cuda")
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    tokenizer = load_tokenizer(config.model)
+    model = load_causal_lm(config.model).to(device_of(config))
     results = []
     pieces = list(batches.chunks(list(prompts), config.batch_size))
     for number, part in enumerate(tqdm(pieces, desc="sample", disable=not config.progress)):
@@ -56,7 +56,10 @@ def main(argv: Sequence[str]) -> int:
     if bool(config.prompt) == bool(config.data):
         raise ValueError("sample needs --prompt or --data, and not both")
     records = load(config.data, config.data_format) if config.data else [Record(config.prompt)]
-    results = complete(config, [record.prompt for record in records if record.prompt])
+    prompts = [record.prompt for record in records if record.prompt]
+    if not prompts:
+        raise ValueError(f"data: expected prompts, got none in {config.data}")
+    results = complete(config, prompts)
     path = Path(config.output) / "completions.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(result) + "\n" for result in results))
