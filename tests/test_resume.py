@@ -30,7 +30,7 @@ def options_of(case, files):
     options = {}
     if stage == "ppo":
         options = {
-            "reward_model": files["model"], "algorithm": algorithm or "ppo", "kl_target": 0.5,
+            "reward_model": files["judge"], "algorithm": algorithm or "ppo", "kl_target": 0.5,
             "kl_horizon": 8.0, "minibatches": 2, "ppo_epochs": 2,
         }  # fmt: skip
         if not algorithm:
@@ -42,10 +42,11 @@ def options_of(case, files):
 def test_four_steps_are_two_and_two(files, tmp_path, case):
     stage, options = options_of(case, files)
     train = STAGES[stage].train
-    train(toy.config(stage, files, tmp_path / "whole", **options))
+    whole = train(toy.config(stage, files, tmp_path / "whole", **options))
     train(toy.config(stage, files, tmp_path / "parts", **options, stop_at=2))
     torch.manual_seed(12345)  # what the process did in between is no matter
-    train(toy.config(stage, files, tmp_path / "parts", **options, resume=True))
+    parts = train(toy.config(stage, files, tmp_path / "parts", **options, resume=True))
+    assert whole == parts and any(name.endswith("_before") for name in whole)
     assert toy.same_model(tmp_path / "whole", tmp_path / "parts")
     assert toy.metrics(tmp_path / "whole") == toy.metrics(tmp_path / "parts")
 
@@ -120,6 +121,30 @@ def test_a_run_is_not_overwritten_unasked(files, tmp_path):
     assert (output / "notes.txt").read_text() == "mine"
 
 
+def test_a_finished_run_resumes_to_what_it_was(files, tmp_path):
+    """Nothing is trained again, what was found is found again; more steps go on from there."""
+    config = toy.config("reward", files, tmp_path / "run", schedule="constant")
+    found = reward.train(config)
+    model = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    config.resume = True
+    assert reward.train(config) == found
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == model
+    longer = toy.config("reward", files, tmp_path / "run", schedule="constant", steps=6)
+    longer.resume = True
+    reward.train(longer)
+    whole = toy.config("reward", files, tmp_path / "whole", schedule="constant", steps=6)
+    reward.train(whole)
+    assert toy.same_model(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_that_failed_before_its_first_step_is_no_run(files, tmp_path):
+    output = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        sft.train(toy.config("sft", files, output, model=str(tmp_path / "typo")))
+    assert (output / "config.yaml").exists()
+    sft.train(toy.config("sft", files, output, steps=1))
+
+
 def test_resume_without_a_checkpoint_starts_at_the_beginning(files, tmp_path, capsys):
     sft.train(toy.config("sft", files, tmp_path / "run", steps=1, resume=True))
     assert [line["step"] for line in toy.metrics(tmp_path / "run")] == [1]
@@ -135,6 +160,7 @@ def test_two_processes_take_the_steps_of_one(files, tmp_path):
             "sft", "--model", model, "--data", files["answers"], "--device", "cpu",
             "--output", str(tmp_path / name), "--steps", "3", "--batch_size", "4",
             "--micro_batch", "1", "--learning_rate", "0.01", "--progress", "false",
+            "--eval_fraction", "0.01",  # one text: the second rank has none to evaluate
         ]  # fmt: skip
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
         result = subprocess.run(
@@ -154,11 +180,12 @@ def test_two_processes_take_the_steps_of_one(files, tmp_path):
 
 def test_ppo_over_two_processes(files, tmp_path):
     arguments = [
-        "ppo", "--model", files["model"], "--reward_model", files["model"], "--data",
+        "ppo", "--model", files["model"], "--reward_model", files["judge"], "--data",
         files["answers"], "--device", "cpu", "--output", str(tmp_path / "run"), "--steps", "2",
         "--batch_size", "4", "--micro_batch", "2", "--max_new_tokens", "6", "--ptx_coef", "0.1",
-        "--pretraining_data", files["text"], "--ptx_batch", "4", "--eval_batches", "1",
+        "--pretraining_data", files["text"], "--ptx_batch", "3", "--eval_batches", "1",
         "--max_prompt_tokens", "12", "--max_response_tokens", "12", "--progress", "false",
+        "--eval_fraction", "0.2",
     ]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     result = subprocess.run(

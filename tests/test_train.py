@@ -17,12 +17,13 @@ from rlhf_fast.train.data import Record, load
 from rlhf_fast.train.models import (
     ScalarModel,
     at_last_token,
+    check_fit,
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
     positions,
 )
-from rlhf_fast.train.run import Run
+from rlhf_fast.train.run import Run, epochs_to_steps
 from tests import train_fixtures as toy
 
 
@@ -321,6 +322,33 @@ def test_rewards_and_advantages_of_a_step(files, judge, tmp_path):
     assert torch.allclose(rollout.advantages[rollout.mask].double(), white, atol=1e-4)
 
 
+def test_statistics_of_a2c_are_those_of_both_losses(files, judge, tmp_path):
+    config = rl_config(files, judge, tmp_path / "run", algorithm="a2c")
+    run = Run("ppo", config)
+    actors = actors_of(files, judge, config)
+    rollout = actors.collect(toy.PROMPTS[:4], 1, run.device)
+    ppo.add_advantages(run, rollout, 0.1)
+    for sign in (1, -1):  # a policy loss may have either sign
+        rollout.advantages = sign * rollout.mask.float()
+        out = ppo.policy_gradient_loss(
+            config, actors.policy, actors.value, rollout, rollout.mask.sum()
+        )
+        stats = out.stats_dict()
+        assert stats["policy_loss"] == pytest.approx(
+            -sign * rollout.logprob.sum().item() / stats["tokens"], rel=1e-4
+        )
+        squares = (rollout.values - rollout.returns)[rollout.mask] ** 2
+        assert stats["value_loss"] == pytest.approx(squares.mean().item() / 2, rel=1e-4)
+        total = stats["policy_loss"] + config.value_coef * stats["value_loss"]
+        assert out.loss.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_epochs_are_passes_over_the_data():
+    assert epochs_to_steps(Config(batch_size=16, epochs=3), 24) == 5  # 72 items, not 96
+    assert epochs_to_steps(Config(batch_size=32, epochs=1), 24) == 1
+    assert epochs_to_steps(Config(batch_size=16, epochs=3, steps=7), 24) == 7
+
+
 def test_kl_controller():
     controller = ppo.KLController(Config(kl_coef=0.1, kl_target=6.0, kl_horizon=1000))
     controller.update(6.6, 64)
@@ -342,6 +370,14 @@ def test_mistakes_are_named(files, judge, tmp_path):
         ppo.train(rl_config(files, judge, tmp_path / "b", ptx_coef=1.0))
     with pytest.raises(ValueError, match="gold: expected module:function"):
         ppo.train(rl_config(files, judge, tmp_path / "c", gold="tests.train_fixtures:nothing"))
+    with pytest.raises(ValueError, match=r"gold: expected.*No module named 'nowhere'"):
+        ppo.train(rl_config(files, judge, tmp_path / "c", overwrite=True, gold="nowhere:gold"))
+    with pytest.raises(ValueError, match="temperature: expected a number > 0"):
+        ppo.train(rl_config(files, judge, tmp_path / "e", temperature=0.0))
+    with pytest.raises(ValueError, match="minibatches: expected at most 4"):
+        ppo.train(rl_config(files, judge, tmp_path / "f", minibatches=5))
+    with pytest.raises(ValueError, match="reward_model: expected the output of the reward stage"):
+        ppo.train(rl_config(files, files["model"], tmp_path / "g"))
     with pytest.raises(ValueError, match="no pair"):
         reward.train(toy.config("reward", files, tmp_path / "d", data=files["answers"]))
 
@@ -354,6 +390,30 @@ def test_learning_rate_schedules(files, tmp_path):
     run.config.schedule = "cosine"
     assert run.set_learning_rate(optimizer, 4, 6) / 1e-2 == pytest.approx(0.5)
     assert math.isclose(optimizer.param_groups[0]["lr"], 5e-3)
+
+
+def test_a_text_that_the_model_cannot_take_is_named(files):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(vocab_size=50, n_positions=8, n_layer=1, n_head=2, n_embd=16)
+    for model in (GPT2LMHeadModel(shape), ScalarModel(GPT2LMHeadModel(shape).transformer)):
+        check_fit(model, 0, [1] * 8, [49])
+        with pytest.raises(
+            ValueError, match=r"max_response_tokens: expected .* at most 8 .* got 9"
+        ):
+            check_fit(model, 0, [1], [1] * 9)
+        for filler, ids in ((0, [3, 50]), (50, [3])):
+            with pytest.raises(ValueError, match=r"tokenizer with ids below 50.*got 50"):
+                check_fit(model, filler, ids)
+
+
+def test_scores_stay_float32_under_mixed_precision(files):
+    """bfloat16 has 8 bits: scores of long training would tie."""
+    model = load_scalar_model(files["model"]).eval()
+    ids = torch.randint(3, 50, (4, 9))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        scores = model(ids, torch.ones_like(ids, dtype=torch.bool))
+    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
 
 
 def test_a_scalar_model_of_each_family():

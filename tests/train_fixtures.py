@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_fast.train import corpus
 from rlhf_fast.train.config import STAGE_DEFAULTS, Config
-from rlhf_fast.train.models import load_causal_lm, load_tokenizer
+from rlhf_fast.train.models import load_causal_lm, load_scalar_model, load_tokenizer
 
 PROMPTS = [f"{word} {number}\n" for number in range(6) for word in ("add", "drop", "find", "keep")]
 
@@ -50,8 +50,12 @@ def make(folder: Path) -> dict[str, str]:
         for n, p in enumerate(PROMPTS)
     ]  # fmt: skip
     (folder / "text.txt").write_text(text)
+    (folder / "judge").mkdir()
+    load_scalar_model(str(folder / "model")).save_pretrained(folder / "judge")
+    tokenizer.save_pretrained(folder / "judge")
     return {
         "model": str(folder / "model"),
+        "judge": str(folder / "judge"),  # a reward model that nobody has trained
         "answers": write_lines(folder / "answers.jsonl", answers),
         "ranked": write_lines(folder / "ranked.jsonl", ranked),
         "text": str(folder / "text.txt"),
