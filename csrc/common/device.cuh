@@ -59,8 +59,8 @@ struct alignas(16) Pack {
 };
 
 // 16 bytes from `p`, a multiple of sizeof(T) but not always of 16. An unaligned pack is cut out of
-// the two aligned ones that it lies in. Each of those holds a byte of it, so no page is touched
-// that the tensor does not lie on.
+// the two aligned ones that it lies in: the caller sees to it that 16 bytes behind it are readable
+// too. Before it, the aligned start of its allocation is never passed.
 template <class T>
 RLHF_HD Pack<T> load_pack(const T* p) {
   const uint32_t offset = reinterpret_cast<uintptr_t>(p) & 15u;

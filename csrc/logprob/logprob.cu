@@ -18,7 +18,7 @@ RLHF_HD void load_columns(const T* row, int begin, int vocabulary, float softcap
   constexpr int N = Pack<T>::kSize;
 #pragma unroll
   for (int part = 0; part < kColumns; part += N) {
-    if (begin + part + N <= vocabulary) {
+    if (begin + part + 2 * N <= vocabulary) {  // as load_pack asks for
       const Pack<T> pack = load_pack(row + begin + part);
 #pragma unroll
       for (int i = 0; i < N; ++i) z[part + i] = to_float(pack.x[i]);
@@ -146,10 +146,17 @@ __global__ void __launch_bounds__(kThreads) logprob_backward_kernel(LogprobBackw
   if (single < vocabulary) out[single] = gradient(z[single]);
 #pragma unroll 2
   for (int i = threadIdx.x; i < packs; i += blockDim.x) {
-    Pack<T> pack = live ? load_pack(z + head + i * N) : Pack<T>{};
+    const int begin = head + i * N;
+    Pack<T> pack = {};
+    if (live && begin + 2 * N <= vocabulary) {  // as load_pack asks for
+      pack = load_pack(z + begin);
+    } else if (live) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) pack.x[k] = z[begin + k];
+    }
 #pragma unroll
     for (int k = 0; k < N; ++k) pack.x[k] = gradient(pack.x[k]);
-    store_pack(out + head + i * N, pack);
+    store_pack(out + begin, pack);
   }
   if (!live || !known) return;
   __syncthreads();  // orders the store below behind that of the loop; `live` is the whole block's
