@@ -53,7 +53,8 @@ def truth_of_row(row, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         best = row.index(max(row))
         return [0.0 if v == best else -INF for v in range(len(row))], 0.0, 0.0
     u = [z / temperature for z in row]
-    weight = [math.exp(x - max(u)) for x in u]
+    top = max(u)
+    weight = [math.exp(x - top) for x in u]
     ranking = sorted((v for v in range(len(u)) if u[v] > -INF), key=lambda v: (-u[v], v))
     if 0 < top_k < len(row) and top_k < len(ranking):
         edge = u[ranking[top_k - 1]]
@@ -70,7 +71,7 @@ def truth_of_row(row, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     total, part = math.fsum(weight), math.fsum(weight[v] for v in ranking)
     logq = [-INF] * len(row)
     for v in ranking:
-        logq[v] = u[v] - max(u) - math.log(part)
+        logq[v] = u[v] - top - math.log(part)
     p = [w / total for w in weight]
     entropy = -math.fsum(x * math.log(x) for x in p if x > 0)
     return logq, math.log(part / total), entropy

@@ -40,9 +40,9 @@ inline LongVec low_product(LongVec a, uint32_t b) {
 }
 #endif
 
-// The key's words of the ten rounds.
+// The key's words of the ten rounds; as wide as a lane, so that a vector takes them from memory.
 struct PhiloxKey {
-  uint32_t round[10][2];
+  uint64_t round[10][2];
 };
 
 RLHF_HD PhiloxKey philox_key(uint64_t seed) {
@@ -61,8 +61,8 @@ template <class N>
 RLHF_HD void philox(const PhiloxKey& key, N& c0, N& c1, N& c2, N& c3) {
   for (int i = 0; i < 10; ++i) {
     const N p0 = low_product(c0, 0xD2511F53u), p1 = low_product(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ static_cast<uint64_t>(key.round[i][0]);
-    c2 = (p0 >> 32) ^ c3 ^ static_cast<uint64_t>(key.round[i][1]);
+    c0 = (p1 >> 32) ^ c1 ^ key.round[i][0];
+    c2 = (p0 >> 32) ^ c3 ^ key.round[i][1];
     c1 = p1;
     c3 = p0;
   }

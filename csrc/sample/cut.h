@@ -99,8 +99,22 @@ struct Ranked {
   int32_t id;
 };
 
-// Probabilities among the tokens of the list, rounded to float, into c.e; returns their sum.
-inline double probabilities(const Row& row, Scratch& c) {
+// Distances below the largest u at which top-p looks how much mass lies above.
+constexpr float kDepths[] = {1.0f, 2.0f, 4.0f, 6.0f, 9.0f, 13.0f};
+constexpr int kDepthCount = sizeof kDepths / sizeof *kDepths;
+
+struct Masses {
+  double whole, above[kDepthCount];
+};
+
+inline double lane_sum(DoubleVec x) {
+  double total = 0.0;
+  for (int i = 0; i < L; ++i) total += x[i];
+  return total;
+}
+
+// Probabilities among the tokens of the list, rounded to float, into c.e; returns their sums.
+inline Masses probabilities(const Row& row, Scratch& c) {
   if (static_cast<int64_t>(c.weight.size()) < c.count + W) c.weight.resize(c.z.size());
   DoubleVec sums = {};
   for (int64_t i = 0; i < c.count; i += L) {
@@ -111,19 +125,42 @@ inline double probabilities(const Row& row, Scratch& c) {
     std::memcpy(c.weight.data() + i, &e, sizeof e);
     sums = sums + e;
   }
-  double total = 0.0;
-  for (int i = 0; i < L; ++i) total += sums[i];
-  sums = DoubleVec{};
+  const double rate = 1.0 / lane_sum(sums);
+  DoubleVec whole = {}, above[kDepthCount] = {};
   for (int64_t i = 0; i < c.count; i += L) {
     DoubleVec e;
+    HalfVec u;
     std::memcpy(&e, c.weight.data() + i, sizeof e);
-    const HalfVec q = __builtin_convertvector(e / total, HalfVec);
-    std::memcpy(c.e.data() + i, &q, sizeof q);
-    sums = sums + __builtin_convertvector(q, DoubleVec);
+    std::memcpy(&u, c.u.data() + i, sizeof u);
+    const HalfVec rounded = __builtin_convertvector(e * rate, HalfVec);
+    std::memcpy(c.e.data() + i, &rounded, sizeof rounded);
+    const DoubleVec q = __builtin_convertvector(rounded, DoubleVec);
+    whole = whole + q;
+    for (int k = 0; k < kDepthCount; ++k) {
+      const auto inside = __builtin_convertvector(u, DoubleVec) >= row.top_u - double{kDepths[k]};
+      above[k] = above[k] + (inside ? q : DoubleVec{});
+    }
   }
-  double whole = 0.0;
-  for (int i = 0; i < L; ++i) whole += sums[i];
-  return whole;
+  Masses masses;
+  masses.whole = lane_sum(whole);
+  for (int k = 0; k < kDepthCount; ++k) masses.above[k] = lane_sum(above[k]);
+  return masses;
+}
+
+// Drops the tokens with u < from, of which top-p keeps none.
+inline void trim(float from, Scratch& c) {
+  int64_t n = 0;
+  const Vec bound = splat<Vec>(from);
+  for (int64_t i = 0; i < c.count; i += W)
+    for (uint32_t lanes = at_most(bound, load(c.u.data() + i)); lanes; lanes &= lanes - 1, ++n) {
+      const int64_t k = i + __builtin_ctz(lanes);
+      c.z[n] = c.z[k];
+      c.u[n] = c.u[k];
+      c.e[n] = c.e[k];
+      c.id[n] = c.id[k];
+    }
+  c.count = n;
+  close(c);
 }
 
 // Sorts tokens by descending u, among equals by ascending id, which is how they come.
@@ -141,8 +178,15 @@ inline Cut nucleus(const Row& row, Scratch& c) {
   thread_local std::vector<double> mass;
   thread_local std::vector<Ranked> tokens;
   const float limit = static_cast<float>(1.0 - row.s.top_p);
-  const double whole = probabilities(row, c);
+  const Masses masses = probabilities(row, c);
+  const double whole = masses.whole;
   const auto stays = [&](double above) { return static_cast<float>(whole - above) > limit; };
+  // The margin is for the order in which mass is added up.
+  for (int k = 0; k < kDepthCount && c.count > 256; ++k)
+    if (!stays(masses.above[k] - 1e-12)) {
+      trim(static_cast<float>(row.top_u - double{kDepths[k]}), c);
+      break;
+    }
   // Bins of equal width in u. Behind 40 there is no mass to speak of.
   const float lowest = *std::min_element(c.u.begin(), c.u.begin() + c.count);
   const float range = std::min(row.top_u - lowest, 40.0f);
@@ -191,6 +235,12 @@ inline Cut min_p_of(const Row& row, Cut cut, float min_p, const Scratch& c) {
   return floor > cut.tau && floor < kInfinity ? Cut{floor, row.vocabulary - 1} : cut;
 }
 
+inline int64_t first_of_largest(const Row& row) {
+  for (int64_t i = 0;; i += W)
+    if (const uint32_t lanes = at_most(splat<Vec>(row.top), load(row.z + i)))
+      return i + __builtin_ctz(lanes);
+}
+
 inline bool filters(const RowSettings& s) {
   return s.top_k > 0 || s.top_p < 1.0 || static_cast<float>(s.min_p) > 0.0f;
 }
@@ -201,7 +251,7 @@ inline Cut cut_of(const Row& row, Scratch& c) {
   const float min_p = static_cast<float>(s.min_p);
   const int64_t highest = row.vocabulary - 1;
   Cut cut;
-  if (s.greedy) return {row.top_u, std::find(row.z, row.z + row.vocabulary, row.top) - row.z};
+  if (s.greedy) return {row.top_u, first_of_largest(row)};
   if (!filters(s)) return cut;
   float from = -FLT_MAX;
   if (s.top_k > 0) {

@@ -56,8 +56,8 @@ struct Row {
   float u(float logit) const { return (logit - base) / s.temperature; }
   // What the rounding of u can change in log e, twice over, where e is not 0.
   double slack() const {
-    return 2.0 * ((std::fabs(static_cast<double>(top_u)) + 88.0) * 0x1p-23 + 88.0 * 0x1p-22 +
-                  0x1p-21);
+    return 2.0 *
+           ((std::fabs(static_cast<double>(top_u)) + 88.0) * 0x1p-23 + 88.0 * 0x1p-22 + 0x1p-21);
   }
 };
 

@@ -76,7 +76,7 @@ Logs logs_of(const Row& row, double total, Cut cut, double part) {
 
 float logprob_of(const Row& row, int64_t id, double log_kept) {
   const double d = (static_cast<double>(row.z[id]) - row.top) / row.s.temperature;
-  return static_cast<float>(d - log_kept);
+  return static_cast<float>(d - log_kept) + 0.0f;  // no -0
 }
 
 // Few kept tokens race from their list, many more quickly with all others.
@@ -141,7 +141,7 @@ void replay_row(const ReplayArgs& args, int64_t n) {
 
 // What the gradients of a row's logits have in common.
 struct Slope {
-  float g, h;          // upstream gradients over the temperature
+  float g, h;                 // upstream gradients over the temperature
   float over_kept, over_all;  // 1 / sum_kept e, 1 / sum e
 };
 
@@ -196,8 +196,7 @@ int64_t grain_of(const SampleRows& in) { return in.vocabulary < 4096 ? 4096 / in
 template <class Args, class Function>
 void for_rows(const Args& args, const Function& f) {
   with_type(args.in.dtype, [&](auto type) {
-    parallel_for(args.in.rows, grain_of(args.in), args.in.threads,
-                 [&](int64_t n) { f(type, n); });
+    parallel_for(args.in.rows, grain_of(args.in), args.in.threads, [&](int64_t n) { f(type, n); });
   });
 }
 

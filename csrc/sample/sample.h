@@ -46,16 +46,16 @@ struct SampleArgs {
 
 struct ReplayArgs {
   SampleRows in;
-  const int64_t* ids;                                  // [rows]
+  const int64_t* ids;                                    // [rows]
   float *logprob, *log_mass, *tau, *log_kept, *log_sum;  // [rows]
-  int64_t* last;                                       // [rows]
+  int64_t* last;                                         // [rows]
 };
 
 struct ReplayBackwardArgs {
-  SampleRows in;  // of the parameters, the temperature alone
-  const int64_t *ids, *last;                                               // [rows]
+  SampleRows in;              // of the parameters, the temperature alone
+  const int64_t *ids, *last;  // [rows]
   const float *grad_logprob, *grad_log_mass, *tau, *log_kept, *log_sum;  // [rows]
-  void* out;                                                               // [rows, vocabulary]
+  void* out;                                                             // [rows, vocabulary]
 };
 
 }  // namespace rlhf
