@@ -5,10 +5,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-
 #include <array>
 #include <tuple>
 
+#include "advantages/advantages.h"
 #include "common/check.h"
 #include "common/isa.h"
 #include "gae/gae.h"
@@ -243,9 +243,8 @@ KlBackwardArgs kl_backward_args(const RowsTuple& rows, const RefTuple& ref, int 
 
 // (logits, dtype, rows, vocabulary, inner, stride_outer, stride_inner, temperature, temperatures,
 //  top_k, top_ks, top_p, top_ps, min_p, min_ps) as _native.py packs them.
-using SampleTuple =
-    std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, float, Address, int64_t,
-               Address, double, Address, double, Address>;
+using SampleTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, float,
+                               Address, int64_t, Address, double, Address, double, Address>;
 
 SampleRows sample_rows(const SampleTuple& t, int threads) {
   const auto& [logits, dtype, rows, vocabulary, inner, stride_outer, stride_inner, temperature,
@@ -273,6 +272,37 @@ SampleRows sample_rows(const SampleTuple& t, int threads) {
   in.min_ps = pointer<double>(min_ps);
   in.threads = threads;
   return in;
+}
+
+// (scores, logprob, ref_logprob, values, mask, at, rewards, kl, advantages, returns) and
+// (kl_coef, estimator, clamp_in, clamp_out, gamma, decay, carry, whitened, unbiased, eps) as
+// _native.py packs them.
+using AdvantagesAddresses = std::array<Address, 10>;
+using AdvantagesOptions =
+    std::tuple<float, int, float, float, float, float, bool, bool, bool, double>;
+
+AdvantagesArgs advantages_args(const AdvantagesAddresses& a, const AdvantagesOptions& options,
+                               int64_t rows, int64_t length, int threads) {
+  check_positive(rows, "rows");
+  check_positive(length, "length");
+  check_positive(threads, "threads");
+  AdvantagesArgs args;
+  args.scores = required<float>(a[0], "scores");
+  args.logprob = required<float>(a[1], "logprob");
+  args.ref_logprob = required<float>(a[2], "ref_logprob");
+  args.values = pointer<float>(a[3]);
+  args.mask = pointer<uint8_t>(a[4]);
+  args.at = pointer<int64_t>(a[5]);
+  args.rewards = required<float>(a[6], "rewards");
+  args.kl = required<float>(a[7], "kl");
+  args.advantages = a[3] ? required<float>(a[8], "advantages") : nullptr;
+  args.returns = a[3] ? required<float>(a[9], "returns") : nullptr;
+  std::tie(args.kl_coef, args.estimator, args.clamp_in, args.clamp_out, args.gamma, args.decay,
+           args.carry, args.whitened, args.unbiased, args.eps) = options;
+  args.rows = rows;
+  args.length = length;
+  args.threads = threads;
+  return args;
 }
 
 }  // namespace
@@ -310,8 +340,8 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cpu::gae(args);
   });
-  m.def("cpu_ppo_loss", [](const LossAddresses& addresses, const LossOptions& options,
-                           int64_t rows, int64_t length, int threads) {
+  m.def("cpu_ppo_loss", [](const LossAddresses& addresses, const LossOptions& options, int64_t rows,
+                           int64_t length, int threads) {
     const auto args = ppo_loss_args(addresses, options, rows, length, threads);
     py::gil_scoped_release released;
     cpu::ppo_loss(args);
@@ -370,22 +400,22 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release released;
           cpu::replay_logprob_backward(args);
         });
-  m.def("cpu_kl_estimate", [](Address logprob, Address ref_logprob, Address mask, Address out,
-                              int64_t count, int estimator, float clamp_in, float clamp_out,
-                              int threads) {
-    const auto args = kl_estimate_args(logprob, ref_logprob, mask, 0, out, count, estimator,
-                                       clamp_in, clamp_out, threads);
-    py::gil_scoped_release released;
-    cpu::kl_estimate(args);
-  });
-  m.def("cpu_kl_estimate_backward", [](Address grad, Address logprob, Address ref_logprob,
-                                       Address mask, Address out, int64_t count, int estimator,
-                                       float clamp_in, float clamp_out, int threads) {
-    const auto args =
-        kl_estimate_args(logprob, ref_logprob, mask, grad, out, count, estimator, clamp_in, clamp_out, threads);
-    py::gil_scoped_release released;
-    cpu::kl_estimate_backward(args);
-  });
+  m.def("cpu_kl_estimate",
+        [](Address logprob, Address ref_logprob, Address mask, Address out, int64_t count,
+           int estimator, float clamp_in, float clamp_out, int threads) {
+          const auto args = kl_estimate_args(logprob, ref_logprob, mask, 0, out, count, estimator,
+                                             clamp_in, clamp_out, threads);
+          py::gil_scoped_release released;
+          cpu::kl_estimate(args);
+        });
+  m.def("cpu_kl_estimate_backward",
+        [](Address grad, Address logprob, Address ref_logprob, Address mask, Address out,
+           int64_t count, int estimator, float clamp_in, float clamp_out, int threads) {
+          const auto args = kl_estimate_args(logprob, ref_logprob, mask, grad, out, count,
+                                             estimator, clamp_in, clamp_out, threads);
+          py::gil_scoped_release released;
+          cpu::kl_estimate_backward(args);
+        });
   m.def("cpu_kl",
         [](const RowsTuple& rows, const RefTuple& ref, int threads, const KlOutputs& out) {
           const auto args = kl_args(rows, ref, threads, out);
@@ -398,6 +428,48 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cpu::kl_backward(args);
   });
+  m.def("cpu_advantages", [](const AdvantagesAddresses& addresses, const AdvantagesOptions& options,
+                             int64_t rows, int64_t length, int threads) {
+    const auto args = advantages_args(addresses, options, rows, length, threads);
+    py::gil_scoped_release released;
+    cpu::advantages(args);
+  });
+  m.def("cpu_moments", [](Address x, Address mask, int64_t size, int threads) {
+    check_positive(threads, "threads");
+    Moments out = {};
+    const MomentsArgs args = {size > 0 ? required<float>(x, "x") : nullptr, pointer<uint8_t>(mask),
+                              &out, size, threads};
+    py::gil_scoped_release released;
+    if (size > 0) cpu::moments(args);
+    return std::array<double, 3>{out.count, out.mean, out.squares};
+  });
+  m.def("cpu_whiten",
+        [](Address x, Address mask, Address out, int64_t size, const std::array<double, 3>& moments,
+           bool shift_mean, bool unbiased, double eps, int threads) {
+          check_positive(size, "size");
+          check_positive(threads, "threads");
+          const Moments all = {moments[0], moments[1], moments[2]};
+          const WhitenArgs args = {required<float>(x, "x"),
+                                   pointer<uint8_t>(mask),
+                                   required<float>(out, "out"),
+                                   &all,
+                                   size,
+                                   shift_mean,
+                                   unbiased,
+                                   eps,
+                                   threads};
+          py::gil_scoped_release released;
+          cpu::whiten(args);
+        });
+  m.def("cpu_group_advantages",
+        [](Address scores, Address ids, Address out, int64_t rows, int kind, double eps) {
+          check_positive(rows, "rows");
+          const GroupArgs args = {required<float>(scores, "scores"), required<int64_t>(ids, "ids"),
+                                  required<float>(out, "out"),       rows,
+                                  static_cast<GroupKind>(kind),      eps};
+          py::gil_scoped_release released;
+          cpu::group_advantages(args);
+        });
 
 #if RLHF_WITH_CUDA
   m.def("cuda_logprob", [](const RowsTuple& rows, int device, Address stream, Address logprob,

@@ -57,33 +57,58 @@ inline int64_t count_tokens(const uint8_t* p, int64_t n) {
   return count;
 }
 
+// W floats as doubles, which take two vectors.
+struct Wide {
+  typedef double Half __attribute__((vector_size(4 * W)));
+  typedef float NarrowHalf __attribute__((vector_size(2 * W)));
+  Half low, high;
+};
+
+inline Wide widened(Vec x) {
+#if defined(__AVX512F__)
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)),
+          _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+#elif defined(__AVX2__)
+  return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+#else
+  Wide::NarrowHalf halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  return {__builtin_convertvector(halves[0], Wide::Half),
+          __builtin_convertvector(halves[1], Wide::Half)};
+#endif
+}
+
+inline Vec narrowed(const Wide& x) {
+#if defined(__AVX512F__)
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x.low)), _mm512_cvtpd_ps(x.high),
+                            1);
+#elif defined(__AVX2__)
+  return _mm256_set_m128(_mm256_cvtpd_ps(x.high), _mm256_cvtpd_ps(x.low));
+#else
+  const Wide::NarrowHalf halves[2] = {__builtin_convertvector(x.low, Wide::NarrowHalf),
+                                      __builtin_convertvector(x.high, Wide::NarrowHalf)};
+  Vec out;
+  std::memcpy(&out, halves, sizeof out);
+  return out;
+#endif
+}
+
 // A sum of floats in double precision; lane by lane, so in an order of its own.
 struct Sum {
-  static constexpr int kHalf = W / 2;
-  typedef double DoubleVec __attribute__((vector_size(8 * kHalf)));
-  typedef float HalfVec __attribute__((vector_size(4 * kHalf)));
-  DoubleVec low = {}, high = {};
+  Wide sum = {};
 
-  void add(Vec x) {
-#if defined(__AVX512F__)
-    low += _mm512_cvtps_pd(_mm512_castps512_ps256(x));
-    high += _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-#elif defined(__AVX2__)
-    low += _mm256_cvtps_pd(_mm256_castps256_ps128(x));
-    high += _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
-#else
-    HalfVec halves[2];
-    std::memcpy(halves, &x, sizeof x);
-    low += __builtin_convertvector(halves[0], DoubleVec);
-    high += __builtin_convertvector(halves[1], DoubleVec);
-#endif
+  void add(Vec x) { add(widened(x)); }
+
+  void add(const Wide& x) {
+    sum.low += x.low;
+    sum.high += x.high;
   }
 
   double total() const {
-    double sum = 0.0;
-    for (int i = 0; i < kHalf; ++i) sum += low[i];
-    for (int i = 0; i < kHalf; ++i) sum += high[i];
-    return sum;
+    double all = 0.0;
+    for (int i = 0; i < W / 2; ++i) all += sum.low[i];
+    for (int i = 0; i < W / 2; ++i) all += sum.high[i];
+    return all;
   }
 };
 

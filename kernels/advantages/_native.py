@@ -1,0 +1,117 @@
+"""Calls of the native kernels of rewards, advantages and whitening, for tensors on the CPU.
+
+This file alone turns tensors of these ops into addresses; what it passes on is float32 (the table
+of implementations sends float64 elsewhere), dense and not empty.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf_fast import _C
+from rlhf_fast.kernels.ppo_loss._native import ESTIMATORS
+
+from .reference import moments_of_group
+
+GROUP_KINDS = {"grpo": 0, "dr_grpo": 1, "rloo": 2}
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _bound(clamp: float | None) -> float:
+    return torch.inf if clamp is None else clamp
+
+
+def _launch(scores, logprob, ref_logprob, values, mask, at, penalty, options, outputs):
+    kl_coef, estimator, clamp_in, clamp_out = penalty
+    if logprob.numel():
+        tensors = (scores, logprob, ref_logprob, values, mask, at, *outputs)
+        _C.cpu_advantages(
+            [*map(_address, tensors)],
+            (kl_coef, ESTIMATORS[estimator], _bound(clamp_in), _bound(clamp_out), *options),
+            *logprob.shape, torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def cpu_shaped_rewards(
+    scores: torch.Tensor,
+    logprob: torch.Tensor,
+    ref_logprob: torch.Tensor,
+    mask: torch.Tensor | None,
+    at: torch.Tensor | None,
+    kl_coef: float,
+    estimator: str,
+    clamp_in: float | None,
+    clamp_out: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rewards, kl): -kl_coef kl, plus the score at its place; a coefficient of 0 ignores kl."""
+    rewards, kl = torch.empty_like(logprob), torch.empty_like(logprob)
+    _launch(
+        scores, logprob, ref_logprob, None, mask, at, (kl_coef, estimator, clamp_in, clamp_out),
+        (1.0, 1.0, True, False, True, 0.0), (rewards, kl, None, None),
+    )  # fmt: skip
+    return rewards, kl
+
+
+def cpu_ppo_advantages(
+    scores: torch.Tensor,
+    logprob: torch.Tensor,
+    ref_logprob: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    at: torch.Tensor | None,
+    kl_coef: float,
+    estimator: str,
+    clamp_in: float | None,
+    clamp_out: float | None,
+    gamma: float,
+    lam: float,
+    carry: bool,
+    whitened: bool,
+    unbiased: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(advantages, returns, rewards, kl), each [B, T]."""
+    rewards, kl, advantages, returns = (torch.empty_like(logprob) for _ in range(4))
+    _launch(
+        scores, logprob, ref_logprob, values, mask, at, (kl_coef, estimator, clamp_in, clamp_out),
+        (gamma, gamma * lam, carry, whitened, unbiased, eps), (rewards, kl, advantages, returns),
+    )  # fmt: skip
+    return advantages, returns, rewards, kl
+
+
+def cpu_whiten(
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    shift_mean: bool,
+    unbiased: bool,
+    eps: float,
+    group: str,
+) -> torch.Tensor:
+    """(x - mean) rsqrt(var + eps), plus the mean without `shift_mean`; 0 where masked."""
+    threads = torch.get_num_threads()
+    moments = _C.cpu_moments(x.data_ptr(), _address(mask), x.numel(), threads)
+    if group:  # every rank calls, one without a token too
+        moments = moments_of_group(torch.tensor(moments, dtype=torch.float64), group).tolist()
+    out = torch.empty_like(x)
+    if x.numel():
+        _C.cpu_whiten(
+            x.data_ptr(), _address(mask), out.data_ptr(), x.numel(), moments, shift_mean, unbiased,
+            eps, threads,
+        )  # fmt: skip
+    return out
+
+
+def cpu_group_advantages(
+    scores: torch.Tensor, group_ids: torch.Tensor, kind: str, eps: float
+) -> torch.Tensor:
+    """Advantages [B]; 0 in a group of one."""
+    out = torch.empty_like(scores)
+    if scores.numel():
+        _C.cpu_group_advantages(
+            scores.data_ptr(), group_ids.data_ptr(), out.data_ptr(), scores.numel(),
+            GROUP_KINDS[kind], eps,
+        )  # fmt: skip
+    return out
