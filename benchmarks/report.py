@@ -1,8 +1,8 @@
 """Turn benchmarks/results/*.json into docs/RESULTS.md: python benchmarks/report.py
 
 The newest file of each device is shown in full, losses included; older ones are listed. Files
-without a commit and files of `--quick` runs are refused. The README gets, between its two result
-markers, one row for each op that has more than its reference: the largest case.
+without a commit and files of `--quick` runs are refused. The README gets, between its markers, one
+row for each op that has more than its reference (the largest case), and the table of backends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TARGET = ROOT / "docs" / "RESULTS.md"
 README = ROOT / "README.md"
-MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
+# What a backend's code amounts to before it has run on a GPU.
+PROVED = {"reference": "yes", "cpu": "yes", "triton": "interpreted", "cuda": "compiles"}
 
 INTRODUCTION = """# Results
 
@@ -156,9 +157,30 @@ def summary(results: list[tuple[Path, dict[str, Any]]]) -> str:
     return "\n".join(lines).strip() or "No results yet."
 
 
-def fill(readme: str, text: str) -> str:
-    """`readme` with `text` between its two markers."""
-    begin, end = MARKERS
+def backends() -> str:
+    """The README's table: which ops have code for which backend, whatever this machine has."""
+    from rlhf_fast import _dispatch
+
+    groups: dict[tuple[bool, ...], list[str]] = {}
+    for op, entries in _dispatch._TABLE.items():
+        groups.setdefault(tuple(":" in entries[name] for name in PROVED), []).append(op)
+    rows = [
+        "| "
+        + ", ".join(f"`{op}`" for op in sorted(ops))
+        + " | "
+        + " | ".join(
+            word if has else "-" for has, word in zip(states, PROVED.values(), strict=True)
+        )
+        + " |"
+        for states, ops in sorted(groups.items(), key=lambda item: (-sum(item[0]), item[1]))
+    ]
+    header = "| op | reference | CPU (C++) | Triton | CUDA (C++) |"
+    return "\n".join([header, "|---|---|---|---|---|", *rows])
+
+
+def fill(readme: str, name: str, text: str) -> str:
+    """`readme` with `text` between the two markers called `name`."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     head, found, rest = readme.partition(begin)
     _, closed, tail = rest.partition(end)
     if not (found and closed):
@@ -190,10 +212,12 @@ def main(argv: list[str] | None = None) -> int:
     results = load(arguments.results)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(report(results))
-    arguments.readme.write_text(fill(arguments.readme.read_text(), summary(results)))
+    readme = fill(arguments.readme.read_text(), "results", summary(results))
+    arguments.readme.write_text(fill(readme, "backends", backends()))
     print(f"wrote {arguments.output} and {arguments.readme}")
     return 0
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # where the package is not installed
     sys.exit(main())

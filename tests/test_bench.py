@@ -151,7 +151,10 @@ def test_page_shows_the_newest_and_lists_the_older(tmp_path, report):
         (folder / f"{name}.json").write_text(json.dumps(content))
     target = tmp_path / "RESULTS.md"
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nbehind\n")
+    readme.write_text(
+        "before\n<!-- results:begin -->\nold\n<!-- results:end -->\n"
+        "<!-- backends:begin -->\nold\n<!-- backends:end -->\nbehind\n"
+    )
     arguments = ["--results", str(folder), "--output", str(target), "--readme", str(readme)]
     assert script.main(arguments) == 0
     text = target.read_text()
@@ -192,4 +195,4 @@ def test_readme_shows_the_largest_case_on_the_fastest_backend_and_no_reference(r
     assert len(table) == 2 and "| cpu | 2 |" in table[1]
     assert script.summary([]) == "No results yet."
     with pytest.raises(ValueError, match="markers"):
-        script.fill("no markers", text)
+        script.fill("no markers", "results", text)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_fast
-from rlhf_fast import _dispatch, cli, integrations
+from rlhf_fast import cli, integrations
 from rlhf_fast.train import config, data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,19 +54,6 @@ def test_first_screen_of_the_readme():
     assert {"make demo", "make test"} <= set(commands)
     for command in commands:
         assert command in ("make demo", "make test") or command.startswith(("git clone ", "cd "))
-
-
-def test_table_of_backends_is_that_of_the_registry():
-    rows = re.findall(r"^\| (`.*?`) \| (.*) \|$", README, re.MULTILINE)
-    told = {}
-    for names, cells in rows:
-        if cells.count(" | ") == 3 and "`pip" not in names:
-            states = [cell != "-" for cell in cells.split(" | ")]
-            told |= dict.fromkeys(re.findall(r"`(\w+)`", names), states)
-    for op, entries in _dispatch._TABLE.items():
-        has = [":" in entries[backend] for backend in ("reference", "cpu", "triton", "cuda")]
-        assert told.get(op) == has, f"README.md, table of backends: {op} has {has}"
-    assert set(told) == set(_dispatch._TABLE)
 
 
 def test_environment_variables_are_documented():
@@ -122,10 +109,11 @@ def test_versions_of_other_projects_are_those_of_the_patches():
 
 
 def test_generated_pages_are_up_to_date():
-    """`python benchmarks/report.py` writes both from the committed results."""
+    """`python benchmarks/report.py` writes them from the committed results and the registry."""
     spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     results = script.load(script.RESULTS)
     assert script.report(results) == TEXT["docs/RESULTS.md"]
-    assert script.fill(README, script.summary(results)) == README
+    assert script.fill(README, "results", script.summary(results)) == README
+    assert script.fill(README, "backends", script.backends()) == README
