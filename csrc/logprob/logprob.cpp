@@ -64,6 +64,20 @@ Vec prepared(const T* z, float softcap) {
   return CAP ? softcapped(x, softcap).value : x;
 }
 
+// 2 W of them into a block, where their order does not matter.
+template <class T, bool CAP>
+void stage_pair(const T* z, float softcap, float* block, Vec& top) {
+  Vec a, b;
+  load_pair(z, a, b);
+  if (CAP) {
+    a = softcapped(a, softcap).value;
+    b = softcapped(b, softcap).value;
+  }
+  store(block, a);
+  store(block + W, b);
+  top = max(b, max(a, top));
+}
+
 // The last n < kBlock columns of a piece into `block`, filled up with -inf to whole groups; returns
 // the filled length.
 template <class T, bool CAP>
@@ -90,11 +104,7 @@ Softmax fold_piece(const T* z, int n, float rate, float softcap) {
   if (n < kBlock) {
     filled = stage_rest<T, CAP>(z, n, softcap, blocks[0], top);
   } else {
-    for (int i = 0; i < kBlock; i += W) {
-      const Vec x = prepared<T, CAP>(z + i, softcap);
-      store(blocks[0] + i, x);
-      top = max(x, top);
-    }
+    for (int i = 0; i < kBlock; i += 2 * W) stage_pair<T, CAP>(z + i, softcap, blocks[0] + i, top);
   }
   for (int begin = 0, which = 0; begin < n; begin += kBlock, which ^= 1) {
     state.raise(largest(top), rate);
@@ -114,12 +124,13 @@ Softmax fold_piece(const T* z, int n, float rate, float softcap) {
     };
     if (left >= kBlock) {
       for (int i = 0; i < kBlock; i += kGroup)
-        for (int u = 0; u < kUnroll; ++u) {
-          fold(i + u * W, u);
-          const Vec x = prepared<T, CAP>(next + i + u * W, softcap);
-          prefetch(next, i + u * W);
-          store(next_block + i + u * W, x);
-          top = max(x, top);
+        for (int u = 0; u < kUnroll; u += 2) {
+          const int at = i + u * W;
+          fold(at, u);
+          fold(at + W, u + 1);
+          prefetch(next + i, u * W);
+          prefetch(next + i, u * W + W);
+          stage_pair<T, CAP>(next + at, softcap, next_block + at, top);
         }
     } else {
       for (int i = 0; i < filled; i += kGroup)
