@@ -15,6 +15,7 @@
 #include "kl/kl.h"
 #include "logprob/logprob.h"
 #include "ppo_loss/ppo_loss.h"
+#include "ranking_loss/ranking_loss.h"
 #include "sample/sample.h"
 
 namespace py = pybind11;
@@ -470,6 +471,26 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release released;
           cpu::group_advantages(args);
         });
+  m.def("cpu_ranking_loss",
+        [](Address scores, Address ranks, Address float_ranks, Address mask, Address grad,
+           Address loss, int64_t prompts, int64_t completions, float margin, int threads) {
+          check_positive(prompts, "prompts");
+          check_positive(completions, "completions");
+          check_positive(threads, "threads");
+          RankingLossArgs args;
+          args.scores = required<float>(scores, "scores");
+          args.ranks = pointer<int64_t>(ranks);
+          args.float_ranks = ranks ? nullptr : required<double>(float_ranks, "ranks");
+          args.mask = pointer<uint8_t>(mask);
+          args.grad = required<float>(grad, "grad");
+          args.loss = required<float>(loss, "loss");
+          args.prompts = prompts;
+          args.completions = completions;
+          args.margin = margin;
+          args.threads = threads;
+          py::gil_scoped_release released;
+          cpu::ranking_loss(args);
+        });
 
 #if RLHF_WITH_CUDA
   m.def("cuda_logprob", [](const RowsTuple& rows, int device, Address stream, Address logprob,
@@ -495,6 +516,35 @@ PYBIND11_MODULE(_C, m) {
                  length, bootstrap_value, gamma, decay, decay_returns, carry, 1);
     py::gil_scoped_release released;
     cuda::gae(args, device, pointer<void>(stream));
+  });
+  m.def("cuda_kl_estimate",
+        [](Address logprob, Address ref_logprob, Address mask, Address out, int64_t count,
+           int estimator, float clamp_in, float clamp_out, int device, Address stream) {
+          const auto args = kl_estimate_args(logprob, ref_logprob, mask, 0, out, count, estimator,
+                                             clamp_in, clamp_out, 1);
+          py::gil_scoped_release released;
+          cuda::kl_estimate(args, device, pointer<void>(stream));
+        });
+  m.def("cuda_kl_estimate_backward",
+        [](Address grad, Address logprob, Address ref_logprob, Address mask, Address out,
+           int64_t count, int estimator, float clamp_in, float clamp_out, int device,
+           Address stream) {
+          const auto args = kl_estimate_args(logprob, ref_logprob, mask, grad, out, count,
+                                             estimator, clamp_in, clamp_out, 1);
+          py::gil_scoped_release released;
+          cuda::kl_estimate_backward(args, device, pointer<void>(stream));
+        });
+  m.def("cuda_kl", [](const RowsTuple& rows, const RefTuple& ref, int device, Address stream,
+                      const KlOutputs& out) {
+    const auto args = kl_args(rows, ref, 1, out);
+    py::gil_scoped_release released;
+    cuda::kl(args, device, pointer<void>(stream));
+  });
+  m.def("cuda_kl_backward", [](const RowsTuple& rows, const RefTuple& ref, int device,
+                               Address stream, const KlInputs& in, Address out) {
+    const auto args = kl_backward_args(rows, ref, 1, in, out);
+    py::gil_scoped_release released;
+    cuda::kl_backward(args, device, pointer<void>(stream));
   });
 #endif
 }

@@ -13,9 +13,8 @@ from .reference import IGNORE_INDEX
 
 ESTIMATORS = ("k1", "abs", "k2", "k3")
 
-_NOT_YET = "it has no CUDA C++ kernel so far"
 for _op in ("kl_estimate", "kl_divergence", "kl_divergence_full"):
-    _dispatch.implementations(_op, __package__, cuda=_NOT_YET)
+    _dispatch.implementations(_op, __package__)
 
 _ESTIMATE = "Tensor? mask, str estimator, float? clamp_in, float? clamp_out, str backend"
 _PAIR = "Tensor logits, Tensor ref_logits"

@@ -1,0 +1,288 @@
+// KL divergence on CUDA: one block per row, each logit of both models read once.
+//
+// As in logprob.cu a column's index alone decides which thread sums it, and threads are combined in
+// a fixed order, so that a row's bits depend neither on its alignment nor on the other rows.
+#define RLHF_ISA cuda
+#include "kl/kl.h"
+
+namespace rlhf::cuda {
+namespace {
+
+constexpr int kThreads = 512;  // at most, per row
+constexpr int kColumns = 8;    // neighbouring columns of a thread: 16 bytes of bf16, 32 of float
+
+RLHF_HD float not_a_number() { return __int_as_float(0x7fc00000); }
+
+// What is subtracted for a maximum: 0 for -inf, since -inf - -inf is NaN.
+RLHF_HD float base_of(float top) { return top == -kInfinity ? 0.0f : top; }
+
+// ------------------------------------------------------------------- sampled
+
+template <bool BACKWARD>
+__global__ void __launch_bounds__(256) kl_estimate_kernel(KlEstimateArgs args) {
+  constexpr int N = Pack<float>::kSize;
+  const int64_t begin = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) * N;
+  const auto token = [&](float a, float b, float grad, int64_t i) {
+    if (args.mask && !args.mask[i]) return 0.0f;
+    return BACKWARD ? kl_estimate_gradient(grad, a, b, args) : kl_estimate_of(a, b, args);
+  };
+  if (begin + N <= args.count) {
+    const Pack<float> a = load_pack(args.logprob + begin), b = load_pack(args.ref_logprob + begin);
+    const Pack<float> grad = BACKWARD ? load_pack(args.grad + begin) : Pack<float>{};
+    Pack<float> out;
+#pragma unroll
+    for (int k = 0; k < N; ++k) out.x[k] = token(a.x[k], b.x[k], grad.x[k], begin + k);
+    store_pack(args.out + begin, out);
+  } else {
+    for (int64_t i = begin; i < args.count; ++i)
+      args.out[i] = token(args.logprob[i], args.ref_logprob[i], BACKWARD ? args.grad[i] : 0.0f, i);
+  }
+}
+
+template <bool BACKWARD>
+void launch_estimate(const KlEstimateArgs& args, int device, void* stream) {
+  constexpr int64_t kTokens = 256 * Pack<float>::kSize;  // per block
+  const std::string what = std::string(BACKWARD ? "kl_estimate_backward" : "kl_estimate") +
+                           ": tokens " + std::to_string(args.count);
+  const unsigned grid = grid_of((args.count + kTokens - 1) / kTokens, what);
+  DeviceGuard guard(device);
+  kl_estimate_kernel<BACKWARD><<<grid, 256, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  check_launch(what);
+}
+
+// ------------------------------------------------------------------- exact
+
+// A thread's columns [begin, begin + 8) as floats; -inf beyond the row.
+template <class T>
+RLHF_HD void load_columns(const T* row, int begin, int vocabulary, float (&z)[kColumns]) {
+  constexpr int N = Pack<T>::kSize;
+#pragma unroll
+  for (int part = 0; part < kColumns; part += N) {
+    if (begin + part + N <= vocabulary) {
+      const Pack<T> pack = load_pack(row + begin + part);
+#pragma unroll
+      for (int i = 0; i < N; ++i) z[part + i] = to_float(pack.x[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const int column = begin + part + i;
+        z[part + i] = column < vocabulary ? to_float(row[column]) : -kInfinity;
+      }
+    }
+  }
+}
+
+// With d = z - top and r = q - ref_top, not yet tempered, so that a finite difference stays finite
+// at any temperature, e = exp(rate d): total = sum e, weighted = sum e d, cross = sum e (d - r);
+// ref_total = sum exp(rate r). `widest` is the largest d - r.
+struct Sums {
+  float top, ref_top, total, ref_total, weighted, cross, widest;
+};
+
+// Moves to maxima that are no smaller; `rate2` is in units of ln 2.
+RLHF_HD void raise(Sums& s, float top, float ref_top, float rate2) {
+  const float shift = s.top - base_of(top);
+  const float ref_shift = s.ref_top - base_of(ref_top);
+  const float shrink = fast_exp2(shift * rate2);
+  s.ref_total *= fast_exp2(ref_shift * rate2);
+  // Without a logit of the reference there is no difference yet.
+  const float change = s.ref_top == -kInfinity ? shift : shift - ref_shift;
+  s.cross = shrink == 0.0f ? 0.0f : shrink * fma(change, s.total, s.cross);
+  s.weighted = shrink == 0.0f ? 0.0f : shrink * fma(shift, s.total, s.weighted);
+  s.total *= shrink;
+  s.top = top;
+  s.ref_top = ref_top;
+}
+
+// The sums of a thread's columns.
+template <class T, class R>
+RLHF_HD Sums fold_columns(const T* z, const R* q, int vocabulary, float rate2) {
+  Sums s = {-kInfinity, -kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, -kInfinity};
+  for (int begin = threadIdx.x * kColumns; begin < vocabulary;
+       begin += static_cast<int>(blockDim.x) * kColumns) {
+    float x[kColumns], y[kColumns];
+    load_columns(z, begin, vocabulary, x);
+    load_columns(q, begin, vocabulary, y);
+    float top = s.top, ref_top = s.ref_top;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      top = fmaxf(top, x[i]);
+      ref_top = fmaxf(ref_top, y[i]);
+    }
+    raise(s, top, ref_top, rate2);
+    const float base = base_of(top), ref_base = base_of(ref_top);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const float d = x[i] - base, r = y[i] - ref_base, difference = d - r;
+      const float e = fast_exp2(d * rate2);
+      s.total += e;
+      s.ref_total += fast_exp2(r * rate2);
+      s.weighted = fma(e, e == 0.0f ? 0.0f : d, s.weighted);
+      s.cross = fma(e, e == 0.0f ? 0.0f : difference, s.cross);
+      s.widest = fmaxf(s.widest, difference);  // NaN, where both are -inf, is passed over
+    }
+  }
+  return s;
+}
+
+template <class T, class R>
+__global__ void __launch_bounds__(kThreads, 2) kl_kernel(KlArgs args) {
+  __shared__ float shared[32];
+  const LogitRows& in = args.in;
+  const int64_t row = blockIdx.x;
+  if (!is_live(in, row)) {  // the same for the whole block
+    if (threadIdx.x == 0) {
+      args.kl[row] = args.logprob[row] = args.ref_logprob[row] = args.entropy[row] = 0.0f;
+      args.row_max[row] = args.log_sum[row] = args.ref_row_max[row] = args.ref_log_sum[row] = 0.0f;
+    }
+    return;
+  }
+  const T* const z = row_of<T>(in, row);
+  const R* const q = row_of<R>(args.ref, row);
+  const float rate = rate_of(in, row), rate2 = rate * kLog2E;
+  Sums s = fold_columns(z, q, static_cast<int>(in.vocabulary), rate2);
+  const float row_max = block_max(s.top, shared), ref_max = block_max(s.ref_top, shared);
+  raise(s, row_max, ref_max, rate2);
+  const float total = block_sum(s.total, shared), ref_total = block_sum(s.ref_total, shared);
+  const float weighted = block_sum(s.weighted, shared), cross = block_sum(s.cross, shared);
+  const float widest = block_max(s.widest, shared);
+  if (threadIdx.x != 0) return;
+  const bool empty = total == 0.0f;  // nothing but -inf
+  const float log_sum = empty ? 0.0f : logf(total);
+  const float ref_log_sum = ref_total == 0.0f ? 0.0f : logf(ref_total);
+  const float known = log_sum + ref_log_sum;  // NaN where a row has one
+  float kl = cross / total * rate - log_sum + ref_log_sum;
+  if (widest == kInfinity) kl = kInfinity;
+  if (known != known) kl = known;
+  const int64_t y = in.ids[row];
+  // Ids are not checked on the device: one out of range reads nothing and gives NaN.
+  float logprob = not_a_number(), ref_logprob = logprob;
+  if (y >= 0 && y < in.vocabulary) {
+    logprob = (to_float(z[y]) - base_of(row_max)) * rate - log_sum;
+    ref_logprob = (to_float(q[y]) - base_of(ref_max)) * rate - ref_log_sum;
+  }
+  args.kl[row] = empty ? 0.0f : kl;
+  args.logprob[row] = logprob;
+  args.ref_logprob[row] = ref_logprob;
+  args.entropy[row] = empty ? 0.0f : log_sum - weighted / total * rate;
+  args.row_max[row] = row_max;
+  args.log_sum[row] = log_sum;
+  args.ref_row_max[row] = ref_max;
+  args.ref_log_sum[row] = ref_log_sum;
+}
+
+// The gradient is computed number by number, so alignment may choose which thread does it: stores
+// are always aligned, what stands before the first and behind the last pack is stored singly.
+template <bool KL, class T, class R>
+RLHF_HD void store_gradient(const T* z, const R* q, int vocabulary, const KlRow& c, T* out) {
+  constexpr int N = Pack<T>::kSize, M = Pack<R>::kSize;
+  constexpr int kStep = N > M ? N : M;  // columns of a thread: whole packs of both
+  const int lead = (16 - reinterpret_cast<uintptr_t>(out) % 16) % 16 / sizeof(T);
+  const int head = lead < vocabulary ? lead : vocabulary;
+  const int steps = (vocabulary - head) / kStep, tail = head + steps * kStep;
+  const int single = threadIdx.x < head ? threadIdx.x : tail + static_cast<int>(threadIdx.x) - head;
+  if (single < vocabulary)
+    convert(kl_gradient<KL, false>(to_float(z[single]), to_float(q[single]), c), out[single]);
+  for (int step = threadIdx.x; step < steps; step += blockDim.x) {
+    const int begin = head + step * kStep;
+    float y[kStep];
+#pragma unroll
+    for (int part = 0; part < kStep; part += M) {
+      const Pack<R> pack = load_pack(q + begin + part);
+#pragma unroll
+      for (int i = 0; i < M; ++i) y[part + i] = to_float(pack.x[i]);
+    }
+#pragma unroll
+    for (int part = 0; part < kStep; part += N) {
+      Pack<T> pack = load_pack(z + begin + part);
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        convert(kl_gradient<KL, false>(to_float(pack.x[i]), y[part + i], c), pack.x[i]);
+      store_pack(out + begin + part, pack);
+    }
+  }
+}
+
+template <class T, class R>
+__global__ void __launch_bounds__(kThreads, 2) kl_backward_kernel(KlBackwardArgs args) {
+  const LogitRows& in = args.in;
+  const int64_t row = blockIdx.x;
+  const int vocabulary = static_cast<int>(in.vocabulary);
+  T* const out = static_cast<T*>(args.out) + row * in.vocabulary;
+  if (!is_live(in, row)) {  // the same for the whole block
+    for (int i = threadIdx.x; i < vocabulary; i += blockDim.x) out[i] = T{};
+    return;
+  }
+  const T* const z = row_of<T>(in, row);
+  const R* const q = row_of<R>(args.ref, row);
+  const int64_t y = in.ids[row];
+  const bool known = y >= 0 && y < in.vocabulary;
+  const float chosen = known ? to_float(z[y]) : not_a_number();
+  const KlRow c = kl_row(args, row, chosen);
+  if (c.with_kl)
+    store_gradient<true>(z, q, vocabulary, c, out);
+  else
+    store_gradient<false>(z, q, vocabulary, c, out);
+  if (!args.grad_logprob || !known) return;
+  __syncthreads();  // orders the store below behind those above
+  if (threadIdx.x == 0) {
+    const float ref_chosen = to_float(q[y]);
+    convert(c.with_kl ? kl_gradient<true, true>(chosen, ref_chosen, c)
+                      : kl_gradient<false, true>(chosen, ref_chosen, c),
+            out[y]);
+  }
+}
+
+// Calls f(T{}, R{}) with the types of the policy's and the reference's logits.
+template <class Function>
+void with_types(const LogitRows& in, const LogitRows& ref, Function f) {
+  with_type(in.dtype,
+            [&](auto type) { with_type(ref.dtype, [&](auto ref_type) { f(type, ref_type); }); });
+}
+
+std::string describe(const char* op, const LogitRows& in) {
+  if (in.vocabulary > INT32_MAX / 2)
+    throw std::invalid_argument(std::string(op) + ": expected a vocabulary of at most 2^30, got " +
+                                std::to_string(in.vocabulary));
+  return std::string(op) + ": rows " + std::to_string(in.rows) + ", vocabulary " +
+         std::to_string(in.vocabulary);
+}
+
+// Threads of a row: by the vocabulary alone.
+int threads_of(const LogitRows& in) { return in.vocabulary <= 4096 ? 128 : kThreads; }
+
+}  // namespace
+
+void kl_estimate(const KlEstimateArgs& args, int device, void* stream) {
+  launch_estimate<false>(args, device, stream);
+}
+
+void kl_estimate_backward(const KlEstimateArgs& args, int device, void* stream) {
+  launch_estimate<true>(args, device, stream);
+}
+
+void kl(const KlArgs& args, int device, void* stream) {
+  const std::string what = describe("kl_divergence", args.in);
+  const unsigned grid = grid_of(args.in.rows, what);
+  const int threads = threads_of(args.in);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  DeviceGuard guard(device);
+  with_types(args.in, args.ref, [&](auto type, auto ref_type) {
+    kl_kernel<decltype(type), decltype(ref_type)><<<grid, threads, 0, queue>>>(args);
+  });
+  check_launch(what);
+}
+
+void kl_backward(const KlBackwardArgs& args, int device, void* stream) {
+  const std::string what = describe("kl_divergence_backward", args.in);
+  const unsigned grid = grid_of(args.in.rows, what);
+  const int threads = threads_of(args.in);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  DeviceGuard guard(device);
+  with_types(args.in, args.ref, [&](auto type, auto ref_type) {
+    kl_backward_kernel<decltype(type), decltype(ref_type)><<<grid, threads, 0, queue>>>(args);
+  });
+  check_launch(what);
+}
+
+}  // namespace rlhf::cuda
