@@ -66,26 +66,39 @@ def checkout(tmp_path_factory) -> Path:
     return copy
 
 
-def pip(*arguments: object, cwd: Path, python: Path | str = sys.executable) -> str:
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    """A compiler that does not optimise: what is tested here is not the speed of the kernels."""
+    path = tmp_path_factory.mktemp("compiler") / "c++"
+    path.write_text(
+        '#!/bin/sh\nfor a; do shift; [ "$a" = -O3 ] && a=-O0; set -- "$@" "$a"; done\n'
+        'exec c++ "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def pip(*arguments: object, cwd: Path, compiler: Path, python: Path | str = sys.executable) -> str:
     return run(
         sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check",
         *arguments, "--no-deps", "--no-build-isolation", "--no-index", cwd=cwd,
-        RLHF_FAST_CUDA="OFF", CMAKE_ARGS="-DCMAKE_CXX_FLAGS_RELEASE=-O0", PIP_CONSTRAINT="",
+        RLHF_FAST_CUDA="OFF", CXX=str(compiler), PIP_CONSTRAINT="",
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout) -> Path:
-    pip("wheel", checkout, "--wheel-dir", checkout / "dist", cwd=checkout.parent)
-    (path,) = (checkout / "dist").glob("*.whl")
+def wheel(checkout, compiler) -> Path:
+    target = checkout / "dist"
+    pip("wheel", checkout, "--wheel-dir", target, cwd=checkout.parent, compiler=compiler)
+    (path,) = target.glob("*.whl")
     return path
 
 
 @pytest.fixture(scope="module")
-def site(wheel, tmp_path_factory) -> Path:
+def site(wheel, compiler, tmp_path_factory) -> Path:
     """A folder into which pip has installed the wheel."""
     target = tmp_path_factory.mktemp("site")
-    pip("install", wheel, "--target", target, cwd=target)
+    pip("install", wheel, "--target", target, cwd=target, compiler=compiler)
     return target
 
 
@@ -160,7 +173,7 @@ def test_wheel_from_any_folder(site, tmp_path):
     assert str(site) in text
 
 
-def test_editable_from_any_folder(checkout, tmp_path):
+def test_editable_from_any_folder(checkout, compiler, tmp_path):
     """An editable install, in an environment of its own beside our packages."""
     environment = tmp_path / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
@@ -170,7 +183,7 @@ def test_editable_from_any_folder(checkout, tmp_path):
     ).strip()
     paths = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
     (Path(libraries) / "beside.pth").write_text("\n".join(paths) + "\n")
-    pip("install", "-e", checkout, cwd=tmp_path, python=python)
+    pip("install", "-e", checkout, cwd=tmp_path, compiler=compiler, python=python)
     inside = checkout.resolve()
     for cwd in (tmp_path, inside):
         places = [Path(place).resolve() for place in run(python, "-c", USE, cwd=cwd).split()]
