@@ -407,6 +407,16 @@ def test_a_text_that_the_model_cannot_take_is_named(files):
                 check_fit(model, filler, ids)
 
 
+def test_a_model_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    for name in ("outputs/typo", "/no/such/folder", "./typo", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=f"{name}: no such folder"):
+            load_tokenizer(name)
+    with pytest.raises(OSError, match="outputs: expected a folder with model and tokenizer"):
+        load_tokenizer("outputs")
+
+
 def test_scores_stay_float32_under_mixed_precision(files):
     """bfloat16 has 8 bits: scores of long training would tie."""
     model = load_scalar_model(files["model"]).eval()

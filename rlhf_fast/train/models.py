@@ -24,16 +24,23 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 def folder_of(name: str) -> str:
     """`name`, or the `model/` inside it where `name` is the output of a stage."""
     path = Path(name).expanduser()
-    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"{name}: no such folder, and not the name of a model on the hub")
     if not path.is_dir():
+        beside = len(path.parts) == 2 and path.parent.is_dir()  # outputs/typo is no hub name
+        if beside or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise FileNotFoundError(f"{name}: no such folder")
         return name
     return str(path / "model" if (path / "model").is_dir() else path)
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a folder, a stage's output or a hub name; it must have an EOS token."""
-    tokenizer = AutoTokenizer.from_pretrained(folder_of(name))
+    folder = folder_of(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{name}: expected a folder with model and tokenizer, or their name on the hub: {error}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: expected a tokenizer with an EOS token, got none in {name}")
     return tokenizer
