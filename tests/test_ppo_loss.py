@@ -234,6 +234,20 @@ def test_second_backward_and_no_double_backward(backend):
         grad.nan_to_num().sum().backward()
 
 
+def test_a_changed_gradient_changes_no_later_one(backend):
+    """Gradients of `loss.backward()` are handed over without a copy unless the graph is kept."""
+    x = on(backend, batch(), "logprob")
+    loss = rlhf_fast.policy_loss(**x).loss
+    loss.backward(retain_graph=True)
+    first = x["logprob"].grad.clone()
+    x["logprob"].grad.mul_(5)
+    loss.backward()
+    assert_accurate("accumulated", x["logprob"].grad, 6 * first.double())
+    x["logprob"].grad = None
+    (rlhf_fast.policy_loss(**x).loss + rlhf_fast.policy_loss(**x).loss).backward()
+    assert_same_bits("two losses", x["logprob"].grad, 2 * first)
+
+
 def test_gradcheck_of_the_reference():
     """In float64, at points away from every tie."""
     lp, old, A, v, old_v, R, h, ref = (

@@ -123,16 +123,33 @@ void rewards_row(const AdvantagesArgs& args, int64_t row) {
   if (place >= 0) args.rewards[row * args.length + place] += args.scores[row];
 }
 
+// A row whose tokens stand side by side needs no mask: it is a shorter row. Nothing stands behind
+// its end in either mode, and the zeros before its begin are not written by the recursion.
 void gae_row(const AdvantagesArgs& args, int64_t row) {
-  const int64_t begin = row * args.length;
+  const int64_t start = row * args.length;
+  const uint8_t* mask = shifted(args.mask, start);
+  int64_t first = 0, last = args.length;
+  if (mask) {
+    while (last > 0 && !mask[last - 1]) --last;
+    while (first < last && !mask[first]) ++first;
+    if (count_tokens(mask + first, last - first) == last - first)
+      mask = nullptr;
+    else
+      first = 0, last = args.length;
+  }
+  for (float* const out : {args.advantages + start, args.returns + start}) {
+    std::fill(out, out + first, 0.0f);
+    std::fill(out + last, out + args.length, 0.0f);
+  }
+  if (first == last) return;
   GaeArgs gae_args = {};
-  gae_args.rewards = args.rewards + begin;
-  gae_args.values = args.values + begin;
-  gae_args.mask = shifted(args.mask, begin);
-  gae_args.advantages = args.advantages + begin;
-  gae_args.returns = args.returns + begin;
+  gae_args.rewards = args.rewards + start + first;
+  gae_args.values = args.values + start + first;
+  gae_args.mask = mask;
+  gae_args.advantages = args.advantages + start + first;
+  gae_args.returns = args.returns + start + first;
   gae_args.rows = 1;
-  gae_args.length = args.length;
+  gae_args.length = last - first;
   gae_args.gamma = args.gamma;
   gae_args.decay = gae_args.decay_returns = args.decay;
   gae_args.carry = args.carry;

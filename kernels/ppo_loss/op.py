@@ -148,9 +148,16 @@ def _scale(grad, unit, source):
 
 
 def _scaled(grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """The gradient of `source`; without the op's 25 us where nobody can differentiate it again."""
+    """The gradient of `source`.
+
+    Where nobody can differentiate it again, without the op's 25 us; and for `loss.backward()`, with
+    its upstream gradient of 1, without a copy (0.2 ms for two of 256 x 1024). As long as the graph
+    is retained autograd sees that the tensor is shared, and copies it into `.grad`.
+    """
     if torch.is_grad_enabled() or type(grad) is not torch.Tensor:  # create_graph, or traced
         return torch.ops.rlhf_fast.scale_unit_gradient(grad, unit, source)
+    if grad.device.type == "cpu" and grad == 1:
+        return unit
     return _scale(grad, unit, source)
 
 
