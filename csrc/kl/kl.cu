@@ -125,9 +125,21 @@ RLHF_HD Sums fold_columns(const T* z, const R* q, int vocabulary, float rate2) {
   return s;
 }
 
+// block_sum, rounded once: a KL of 60 out of terms of 60 would lose digits at each step of a tree.
+RLHF_HD double block_sum_double(double x, double* shared) {
+  for (int d = 16; d > 0; d /= 2) x += __shfl_down_sync(~0u, x, d);
+  __syncthreads();  // the last call's readers are done
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = shared[0];
+  for (int warp = 1; warp < blockDim.x / 32; ++warp) x += shared[warp];
+  return x;
+}
+
 template <class T, class R>
 __global__ void __launch_bounds__(kThreads, 2) kl_kernel(KlArgs args) {
   __shared__ float shared[32];
+  __shared__ double shared_double[kThreads / 32];
   const LogitRows& in = args.in;
   const int64_t row = blockIdx.x;
   if (!is_live(in, row)) {  // the same for the whole block
@@ -143,15 +155,17 @@ __global__ void __launch_bounds__(kThreads, 2) kl_kernel(KlArgs args) {
   Sums s = fold_columns(z, q, static_cast<int>(in.vocabulary), rate2);
   const float row_max = block_max(s.top, shared), ref_max = block_max(s.ref_top, shared);
   raise(s, row_max, ref_max, rate2);
-  const float total = block_sum(s.total, shared), ref_total = block_sum(s.ref_total, shared);
-  const float weighted = block_sum(s.weighted, shared), cross = block_sum(s.cross, shared);
+  const double exact_total = block_sum_double(s.total, shared_double);
+  const double cross = block_sum_double(s.cross, shared_double);
+  const float total = static_cast<float>(exact_total), ref_total = block_sum(s.ref_total, shared);
+  const float weighted = block_sum(s.weighted, shared);
   const float widest = block_max(s.widest, shared);
   if (threadIdx.x != 0) return;
   const bool empty = total == 0.0f;  // nothing but -inf
   const float log_sum = empty ? 0.0f : logf(total);
   const float ref_log_sum = ref_total == 0.0f ? 0.0f : logf(ref_total);
   const float known = log_sum + ref_log_sum;  // NaN where a row has one
-  float kl = cross / total * rate - log_sum + ref_log_sum;
+  float kl = static_cast<float>(cross / exact_total * rate - log_sum + ref_log_sum);
   if (widest == kInfinity) kl = kInfinity;
   if (known != known) kl = known;
   const int64_t y = in.ids[row];
