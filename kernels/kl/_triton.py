@@ -148,14 +148,17 @@ def _forward_kernel(
         total, ref_total, weighted, cross = _raise(
             top, ref_top, total, ref_total, weighted, cross, row_max, ref_max, rate2
         )
-        total_sum = tree_sum(total, LOG2_LANES)
+        # Rounded once: a KL of 60 out of terms of 60 would lose digits at each step of a tree.
+        exact_total = tree_sum(total.to(tl.float64), LOG2_LANES)
+        exact_cross = tree_sum(cross.to(tl.float64), LOG2_LANES)
+        total_sum = exact_total.to(tl.float32)
         ref_sum = tree_sum(ref_total, LOG2_LANES)
         empty = total_sum == 0.0
         total_sum = tl.where(empty, 1.0, total_sum)
         log_sum = tl.log(total_sum)
         ref_log_sum = tl.log(tl.where(ref_sum == 0.0, 1.0, ref_sum))
-        mean = tl.div_rn(tree_sum(cross, LOG2_LANES), total_sum) * rate
-        kl = mean - log_sum + ref_log_sum
+        mean = exact_cross / tl.where(empty, 1.0, exact_total) * rate
+        kl = (mean - log_sum + ref_log_sum).to(tl.float32)
         kl = tl.where(tl.max(widest, axis=0) == float("inf"), float("inf"), kl)
         known = log_sum + ref_log_sum
         kl = tl.where(empty, 0.0, tl.where(known == known, kl, known))
