@@ -86,7 +86,10 @@ def _modules() -> Iterator[tuple[str, Any]]:
         warnings.simplefilter("ignore")
         for name in MODULES.split():
             with contextlib.suppress(ImportError):  # not on this platform, or left out of the build
-                yield name, importlib.import_module(name)
+                module = importlib.import_module(name)
+                for public in getattr(module, "__all__", ()):
+                    getattr(module, public, None)  # some names are there once they were asked for
+                yield name, module
 
 
 def _belongs(value: Any, module: str) -> bool:
