@@ -135,3 +135,11 @@ def online_merge(top, total, weighted, rate, LOG2_LANES: tl.constexpr, WEIGHTED:
         weighted = shrink * tl.fma(tl.maximum(shift, -256.0), total, weighted)
         row_weighted = tree_sum(weighted, LOG2_LANES)
     return row_top, tree_sum(shrink * total, LOG2_LANES), row_weighted
+
+
+@triton.jit
+def row_rate(inv_temperature, temperatures_ptr, row):
+    """1 / temperature, at most 2e38 so that 0 * rate stays 0 at any legal temperature."""
+    if temperatures_ptr is not None:
+        inv_temperature = tl.minimum(tl.div_rn(1.0, tl.load(temperatures_ptr + row)), 2e38)
+    return inv_temperature

@@ -41,3 +41,8 @@ def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     if len(axes) == 1:
         return x, axes[0][0], 0, axes[0][1]
     return x, axes[1][0], axes[0][1], axes[1][1]
+
+
+def inverse(temperature: float) -> float:
+    """1 / temperature, at most 2e38 so that 0 times it stays 0 at any legal temperature."""
+    return min(1.0 / temperature, 2e38)

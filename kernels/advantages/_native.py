@@ -1,6 +1,6 @@
 """Calls of the native kernels of rewards, advantages and whitening, for tensors on the CPU.
 
-This file alone turns tensors of these ops into addresses; what it passes on is float32 (the table
+What is passed on is float32 (the table
 of implementations sends float64 elsewhere), dense and not empty.
 """
 
@@ -9,15 +9,11 @@ from __future__ import annotations
 import torch
 
 from rlhf_fast import _C
-from rlhf_fast.kernels.ppo_loss._native import ESTIMATORS
+from rlhf_fast.kernels._common.native import ESTIMATORS, address
 
 from .reference import moments_of_group
 
 GROUP_KINDS = {"grpo": 0, "dr_grpo": 1, "rloo": 2}
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _bound(clamp: float | None) -> float:
@@ -29,7 +25,7 @@ def _launch(scores, logprob, ref_logprob, values, mask, at, penalty, options, ou
     if logprob.numel():
         tensors = (scores, logprob, ref_logprob, values, mask, at, *outputs)
         _C.cpu_advantages(
-            [*map(_address, tensors)],
+            [*map(address, tensors)],
             (kl_coef, ESTIMATORS[estimator], _bound(clamp_in), _bound(clamp_out), *options),
             *logprob.shape, torch.get_num_threads(),
         )  # fmt: skip
@@ -92,13 +88,13 @@ def cpu_whiten(
 ) -> torch.Tensor:
     """(x - mean) rsqrt(var + eps), plus the mean without `shift_mean`; 0 where masked."""
     threads = torch.get_num_threads()
-    moments = _C.cpu_moments(x.data_ptr(), _address(mask), x.numel(), threads)
+    moments = _C.cpu_moments(x.data_ptr(), address(mask), x.numel(), threads)
     if group:  # every rank calls, one without a token too
         moments = moments_of_group(torch.tensor(moments, dtype=torch.float64), group).tolist()
     out = torch.empty_like(x)
     if x.numel():
         _C.cpu_whiten(
-            x.data_ptr(), _address(mask), out.data_ptr(), x.numel(), moments, shift_mean, unbiased,
+            x.data_ptr(), address(mask), out.data_ptr(), x.numel(), moments, shift_mean, unbiased,
             eps, threads,
         )  # fmt: skip
     return out

@@ -1,6 +1,6 @@
 """Calls of the native GAE kernels, for tensors on the CPU and on CUDA devices.
 
-This file alone turns tensors of this op into addresses; what it passes on is float32 (the table of
+What is passed on is float32 (the table of
 implementations sends float64 elsewhere), dense and not empty.
 """
 
@@ -9,21 +9,11 @@ from __future__ import annotations
 import torch
 
 from rlhf_fast import _C
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+from rlhf_fast.kernels._common.native import address, place
 
 
 def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
-
-
-def _place(x: torch.Tensor) -> tuple[int, ...]:
-    """(threads,) of a CPU tensor, (device index, stream) of a CUDA tensor."""
-    if x.is_cuda:
-        return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
-    return (torch.get_num_threads(),)
 
 
 def _launch(
@@ -39,10 +29,10 @@ def _launch(
     if rewards.numel():
         decay = gamma * lam
         kernel(
-            rewards.data_ptr(), _address(values), _address(offsets), _address(mask),
-            _address(dones), _address(bootstrap), advantages.data_ptr(), _address(returns),
+            rewards.data_ptr(), address(values), address(offsets), address(mask),
+            address(dones), address(bootstrap), advantages.data_ptr(), address(returns),
             rows, rewards.shape[-1], bootstrap_value, gamma, decay,
-            decay if lam_value is None else gamma * lam_value, carry, *_place(rewards),
+            decay if lam_value is None else gamma * lam_value, carry, *place(rewards),
         )  # fmt: skip
     return advantages, returns
 

@@ -12,12 +12,15 @@ import torch
 
 from rlhf_fast import _C
 from rlhf_fast.kernels._common.launch import flat, rows_of
-from rlhf_fast.kernels.logprob._native import DTYPES, _address, _place, _Rows
+from rlhf_fast.kernels._common.native import (
+    ESTIMATORS,
+    LogitRows,
+    address,
+    dtype_number,
+    place,
+)
 
 from .reference import IGNORE_INDEX
-
-# The numbers of KlEstimator in csrc.
-ESTIMATORS = {"k1": 0, "abs": 1, "k2": 2, "k3": 3}
 
 
 def _estimate(kernel, grads, logprob, ref_logprob, mask, estimator, clamp_in, clamp_out):
@@ -26,8 +29,8 @@ def _estimate(kernel, grads, logprob, ref_logprob, mask, estimator, clamp_in, cl
         vectors = [flat(x) for x in (*grads, logprob, ref_logprob, mask)]
         bounds = (math.inf if bound is None else bound for bound in (clamp_in, clamp_out))
         kernel(
-            *map(_address, vectors), out.data_ptr(), out.numel(), ESTIMATORS[estimator], *bounds,
-            *_place(out),
+            *map(address, vectors), out.data_ptr(), out.numel(), ESTIMATORS[estimator], *bounds,
+            *place(out),
         )  # fmt: skip
     return out
 
@@ -36,15 +39,13 @@ class _Pair:
     """The rows of both models; keeps copies alive until the call is over."""
 
     def __init__(self, logits, ref_logits, ids, mask, temperature, temperatures) -> None:
-        if ref_logits.dtype not in DTYPES:
-            names = ", ".join(str(dtype)[6:] for dtype in DTYPES)
-            raise TypeError(f"ref_logits: expected one of {names}, got {str(ref_logits.dtype)[6:]}")
+        ref_dtype = dtype_number("ref_logits", ref_logits)
         if ids is None:  # every row counts, and nobody asks for the log-prob of token 0
             ids = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-        self.rows = _Rows(logits, ids, mask, temperature, temperatures, None, IGNORE_INDEX)
+        self.rows = LogitRows(logits, ids, mask, temperature, temperatures, None, IGNORE_INDEX)
         self.ref_logits, *strides = rows_of(ref_logits)
-        ref = (self.ref_logits.data_ptr(), DTYPES[ref_logits.dtype], *strides)
-        self.arguments = self.rows.arguments, ref, *_place(logits)
+        ref = (self.ref_logits.data_ptr(), ref_dtype, *strides)
+        self.arguments = self.rows.arguments, ref, *place(logits)
 
 
 def _full(kernel, logits, ref_logits, ids, mask, temperature, temperatures):
@@ -67,7 +68,7 @@ def _backward(kernel, grads, logits, ref_logits, ids, mask, temperature, tempera
     if out.numel():
         pair = _Pair(logits, ref_logits, ids, mask, temperature, temperatures)
         vectors = [flat(x) for x in (*grads, *saved)]
-        kernel(*pair.arguments, [_address(x) for x in vectors], out.data_ptr())
+        kernel(*pair.arguments, [address(x) for x in vectors], out.data_ptr())
     return out
 
 

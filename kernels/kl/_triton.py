@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels._common.device_math import LOG2_E, expm1, tree_sum
-from rlhf_fast.kernels._common.launch import flat, on_device_of, rows_of
-from rlhf_fast.kernels.logprob._triton import _inverse, _rate
+from rlhf_fast.kernels._common.device_math import LOG2_E, expm1, row_rate, tree_sum
+from rlhf_fast.kernels._common.launch import flat, inverse, on_device_of, rows_of
 
 from ._triton_estimate import BLOCK, estimate_kernel, kl_estimate, kl_estimate_backward
 from .reference import IGNORE_INDEX
@@ -109,7 +108,7 @@ def _forward_kernel(
     ref_max = 0.0
     ref_log_sum = 0.0
     if live:
-        rate = _rate(inv_temperature, temperatures_ptr, row)
+        rate = row_rate(inv_temperature, temperatures_ptr, row)
         rate2 = rate * LOG2_E
         z_base = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
         q_base = ref_logits_ptr + (row // ref_inner) * ref_stride_outer
@@ -192,7 +191,7 @@ def _backward_kernel(
     lane = tl.arange(0, BLOCK_V)
     token, live = _token(ids_ptr, mask_ptr, ignore_index, row)
     if live:
-        rate = _rate(inv_temperature, temperatures_ptr, row)
+        rate = row_rate(inv_temperature, temperatures_ptr, row)
         z_base = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
         q_base = ref_logits_ptr + (row // ref_inner) * ref_stride_outer
         q_base += (row % ref_inner) * ref_stride_inner
@@ -303,7 +302,7 @@ def _forward(logits, ref_logits, ids, mask, temperature, temperatures):
         with on_device_of(logits):
             _forward_kernel[(kl.numel(),)](
                 logits, ref_logits, flat(ids), flat(mask), flat(temperatures), kl, *beside, *stats,
-                *strides, *ref_strides, vocabulary, IGNORE_INDEX, _inverse(temperature), log2_lanes,
+                *strides, *ref_strides, vocabulary, IGNORE_INDEX, inverse(temperature), log2_lanes,
                 num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return kl, *beside, *stats
@@ -362,7 +361,7 @@ def kl_divergence_backward(
             _backward_kernel[(kl.numel(),)](
                 flat(grad_kl), flat(grad_logprob), flat(grad_entropy), logits, ref_logits,
                 flat(ids), flat(mask), flat(temperatures), *saved, out, *strides, *ref_strides,
-                vocabulary, IGNORE_INDEX, _inverse(temperature), 2 << log2_lanes,
+                vocabulary, IGNORE_INDEX, inverse(temperature), 2 << log2_lanes,
                 num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return out

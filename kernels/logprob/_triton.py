@@ -20,9 +20,10 @@ from rlhf_fast.kernels._common.device_math import (
     expm1,
     online_merge,
     online_step,
+    row_rate,
     softcapped,
 )
-from rlhf_fast.kernels._common.launch import flat, on_device_of, rows_of
+from rlhf_fast.kernels._common.launch import flat, inverse, on_device_of, rows_of
 
 # (largest vocabulary, log2 of the lanes, warps). Every entry gives a thread 8 lanes: one 16-byte
 # load of half-precision logits, and few enough registers (SHAPES x architectures in
@@ -39,14 +40,6 @@ def _token(ids_ptr, mask_ptr, ignore_index, row):
     if mask_ptr is not None:
         live = live & (tl.load(mask_ptr + row) != 0)
     return token, live
-
-
-@triton.jit
-def _rate(inv_temperature, temperatures_ptr, row):
-    """1 / temperature, at most 2e38 so that 0 * rate stays 0 at any legal temperature."""
-    if temperatures_ptr is not None:
-        inv_temperature = tl.minimum(tl.div_rn(1.0, tl.load(temperatures_ptr + row)), 2e38)
-    return inv_temperature
 
 
 @triton.jit
@@ -68,7 +61,7 @@ def _forward_kernel(
     WEIGHTED: tl.constexpr = entropy_ptr is not None
     token, live = _token(ids_ptr, mask_ptr, ignore_index, row)
     if live:
-        rate = _rate(inv_temperature, temperatures_ptr, row)
+        rate = row_rate(inv_temperature, temperatures_ptr, row)
         base = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
         lane = tl.arange(0, LANES)
         top = tl.full([LANES], float("-inf"), tl.float32)
@@ -116,7 +109,7 @@ def _backward_kernel(
     lane = tl.arange(0, BLOCK_V)
     token, live = _token(ids_ptr, mask_ptr, ignore_index, row)
     if live:
-        rate = _rate(inv_temperature, temperatures_ptr, row)
+        rate = row_rate(inv_temperature, temperatures_ptr, row)
         base = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
         row_max = tl.load(max_ptr + row)
         row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
@@ -196,10 +189,6 @@ def _shape(vocabulary: int) -> tuple[int, int]:
     raise AssertionError("SHAPES ends with None")
 
 
-def _inverse(temperature: float) -> float:
-    return min(1.0 / temperature, 2e38)
-
-
 def _forward(logits, ids, mask, temperature, temperatures, softcap, ignore_index, entropy):
     shape, vocabulary = ids.shape, logits.shape[-1]
     logprob, row_max, log_sum = (
@@ -212,7 +201,7 @@ def _forward(logits, ids, mask, temperature, temperatures, softcap, ignore_index
             _forward_kernel[(ids.numel(),)](
                 logits, flat(ids), flat(mask), flat(temperatures), logprob, entropy, row_max,
                 log_sum, inner, stride_outer, stride_inner, vocabulary, ignore_index,
-                _inverse(temperature), softcap or 0.0, softcap is not None, log2_lanes,
+                inverse(temperature), softcap or 0.0, softcap is not None, log2_lanes,
                 num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return logprob, row_max, log_sum
@@ -272,7 +261,7 @@ def logprob_backward(
             _backward_kernel[(ids.numel(),)](
                 flat(grad_logprob), flat(grad_entropy), logits, flat(ids), flat(mask),
                 flat(temperatures), flat(row_max), flat(log_sum), flat(entropy), out,
-                inner, stride_outer, stride_inner, vocabulary, ignore_index, _inverse(temperature),
+                inner, stride_outer, stride_inner, vocabulary, ignore_index, inverse(temperature),
                 softcap or 0.0, softcap is not None, 2 << log2_lanes,
                 num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip

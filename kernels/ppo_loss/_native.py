@@ -1,6 +1,6 @@
 """Calls of the native loss kernels, for tensors on the CPU and on CUDA devices.
 
-This file alone turns tensors of these ops into addresses; what it passes on is float32 (the table
+What is passed on is float32 (the table
 of implementations sends float64 elsewhere), dense and not empty.
 """
 
@@ -9,22 +9,18 @@ from __future__ import annotations
 import torch
 
 from rlhf_fast import _C
+from rlhf_fast.kernels._common.native import ESTIMATORS, address
 
 from .reference import STATS
 
 # The numbers of csrc/ppo_loss.
 KINDS = {"ppo": 0, "grpo": 0, "gspo": 1, "reinforce": 2, "a2c": 2, "cispo": 3, "sapo": 4}
-ESTIMATORS = {"k1": 0, "abs": 1, "k2": 2, "k3": 3}
 REDUCTIONS = {
     "token-mean": 0,
     "token-sum": 1,
     "seq-mean-token-mean": 2,
     "seq-mean-token-sum": 3,
 }
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
@@ -42,7 +38,7 @@ def _launch(tokens, grads, normalizer, divisor, kind, estimator, reduction, clip
     loss, stats = like.new_empty(()), like.new_empty(len(STATS))
     clip_low, clip_high, dual_clip, value_clip = clips
     _C.cpu_ppo_loss(
-        [*map(_address, (*tokens, *grads, loss, stats, normalizer))],
+        [*map(address, (*tokens, *grads, loss, stats, normalizer))],
         (
             -1.0 if divisor is None else divisor, KINDS[kind], ESTIMATORS[estimator],
             REDUCTIONS[reduction], *_bounds(clip_low, clip_high), dual_clip or 0.0,

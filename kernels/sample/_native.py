@@ -1,6 +1,6 @@
 """Calls of the native sampling kernels, for tensors on the CPU.
 
-This file alone turns tensors of this op into addresses. Logits are addressed by two strides where
+Logits are addressed by two strides where
 that is possible (`rows_of`) and copied where it is not.
 """
 
@@ -10,15 +10,9 @@ import torch
 
 from rlhf_fast import _C
 from rlhf_fast.kernels._common.launch import flat, rows_of
+from rlhf_fast.kernels._common.native import address, dtype_number
 
 from ._checks import check_logits
-
-# The numbers of csrc/common/dtype.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 class _Rows:
@@ -28,14 +22,12 @@ class _Rows:
         self, logits, rows, temperature, temperatures, top_k=0, top_ks=None, top_p=1.0,
         top_ps=None, min_p=0.0, min_ps=None,
     ) -> None:  # fmt: skip
-        if logits.dtype not in DTYPES:
-            names = ", ".join(str(dtype)[6:] for dtype in DTYPES)
-            raise TypeError(f"logits: expected one of {names}, got {str(logits.dtype)[6:]}")
+        dtype = dtype_number("logits", logits)
         self.logits, *strides = rows_of(logits)
         self.vectors = [flat(x) for x in (temperatures, top_ks, top_ps, min_ps)]
-        temperatures, top_ks, top_ps, min_ps = map(_address, self.vectors)
+        temperatures, top_ks, top_ps, min_ps = map(address, self.vectors)
         self.arguments = (
-            self.logits.data_ptr(), DTYPES[logits.dtype], rows, logits.shape[-1], *strides,
+            self.logits.data_ptr(), dtype, rows, logits.shape[-1], *strides,
             min(temperature, 3e38), temperatures, top_k, top_ks, top_p, top_ps, min_p, min_ps,
         )  # fmt: skip
 
@@ -73,9 +65,9 @@ def cpu_sample(
     if mask is not None and mask.stride(-1) != 1:
         mask = mask.contiguous()
     drawn = _C.cpu_sample(
-        rows.arguments, torch.get_num_threads(), _address(mask),
-        0 if mask is None else mask.stride(0), seed, _address(seeds), position,
-        _address(positions), *(x.data_ptr() for x in out),
+        rows.arguments, torch.get_num_threads(), address(mask),
+        0 if mask is None else mask.stride(0), seed, address(seeds), position,
+        address(positions), *(x.data_ptr() for x in out),
     )  # fmt: skip
     if not drawn:
         check_logits(logits, logit_mask)
@@ -128,6 +120,6 @@ def cpu_replay_logprob_backward(
         vectors = grad_logprob, grad_log_mass, ids.to(torch.int64), tau, last, log_kept, log_sum
         vectors = [flat(x) for x in vectors]
         _C.cpu_replay_logprob_backward(
-            rows.arguments, torch.get_num_threads(), *map(_address, vectors), out.data_ptr()
+            rows.arguments, torch.get_num_threads(), *map(address, vectors), out.data_ptr()
         )
     return out
