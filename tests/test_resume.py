@@ -81,7 +81,7 @@ def test_kill_and_resume(files, tmp_path):
     arguments = [
         "sft", "--model", files["model"], "--data", files["answers"], "--device", "cpu",
         "--output", str(tmp_path / "run"), "--steps", "100000", "--batch_size", "4",
-        "--save_every", "1", "--progress", "false", "--schedule", "constant",
+        "--save_every", "1", "--progress", "false",
     ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "rlhf_fast", *arguments],
@@ -122,19 +122,24 @@ def test_a_run_is_not_overwritten_unasked(files, tmp_path):
 
 
 def test_a_finished_run_resumes_to_what_it_was(files, tmp_path):
-    """Nothing is trained again, what was found is found again; more steps go on from there."""
-    config = toy.config("reward", files, tmp_path / "run", schedule="constant")
+    """Nothing is trained again, what was found is found again."""
+    config = toy.config("reward", files, tmp_path / "run")
     found = reward.train(config)
     model = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     config.resume = True
     assert reward.train(config) == found
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == model
-    longer = toy.config("reward", files, tmp_path / "run", schedule="constant", steps=6)
-    longer.resume = True
-    reward.train(longer)
-    whole = toy.config("reward", files, tmp_path / "whole", schedule="constant", steps=6)
-    reward.train(whole)
-    assert toy.same_model(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("case", ["sft", "reward", "ppo"])
+def test_a_finished_run_can_be_extended(files, tmp_path, case):
+    """With the default schedule, two steps and two more are four."""
+    stage, options = options_of(case, files)
+    train = STAGES[stage].train
+    train(toy.config(stage, files, tmp_path / "whole", **options))
+    train(toy.config(stage, files, tmp_path / "parts", **options, steps=2))
+    train(toy.config(stage, files, tmp_path / "parts", **options, resume=True))
+    assert toy.same_model(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_run_that_failed_before_its_first_step_is_no_run(files, tmp_path):

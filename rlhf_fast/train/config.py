@@ -66,7 +66,7 @@ class Config:
     micro_batch: int = _option(8, "rows (reward: prompts) of a forward pass", low=1)
     learning_rate: float = _option(1e-4, "peak learning rate", low=0.0)
     schedule: str = _option(
-        "cosine", "learning rate after warmup", choices=("constant", "linear", "cosine")
+        "constant", "learning rate after warmup", choices=("constant", "linear", "cosine")
     )
     warmup_steps: int = _option(0, "steps of linear warmup", low=0)
     weight_decay: float = _option(0.0, "AdamW's", low=0.0)
@@ -149,7 +149,7 @@ _TYPES = typing.get_type_hints(Config)
 STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {},
     "reward": {"learning_rate": 5e-5, "batch_size": 16},
-    "ppo": {"learning_rate": 1e-5, "adam_eps": 1e-5, "schedule": "linear", "batch_size": 64},
+    "ppo": {"learning_rate": 1e-5, "adam_eps": 1e-5, "batch_size": 64},
     "sample": {"progress": False},
     "eval": {},
     "demo": {"seed": 0, "threads": 2, "output": "outputs/demo", "overwrite": True},

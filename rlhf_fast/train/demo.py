@@ -38,15 +38,15 @@ COMMON: dict[str, Any] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "base": {
         "steps": 150, "batch_size": 32, "micro_batch": 32, "learning_rate": 3e-3,
-        "warmup_steps": 20, "eval_batches": 4,
+        "schedule": "cosine", "warmup_steps": 20, "eval_batches": 4,
     },
     "sft": {
         "steps": 200, "batch_size": 32, "micro_batch": 32, "learning_rate": 2e-3,
-        "warmup_steps": 10, "eval_batches": 16,
+        "schedule": "cosine", "warmup_steps": 10, "eval_batches": 16,
     },
     "reward": {
         "steps": 60, "batch_size": 25, "micro_batch": 25, "learning_rate": 1e-3,
-        "warmup_steps": 5, "eval_batches": 16,
+        "schedule": "cosine", "warmup_steps": 5, "eval_batches": 16,
     },
     "ppo": {
         "steps": 25, "batch_size": 64, "micro_batch": 32, "learning_rate": 3e-4,
