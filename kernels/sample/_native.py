@@ -1,7 +1,6 @@
 """Calls of the native sampling kernels, for tensors on the CPU.
 
-Logits are addressed by two strides where
-that is possible (`rows_of`) and copied where it is not.
+Logits are addressed by two strides where that is possible (`rows_of`) and copied where it is not.
 """
 
 from __future__ import annotations
