@@ -237,7 +237,8 @@ class Run:
         _append(self.output / "metrics.jsonl", [line])
         shown = ("loss", "accuracy", "score", "gold", "kl", "tokens_per_second")
         if self.bar is not None:
-            self.bar.set_postfix({n: f"{line[n]:.4g}" for n in shown if line.get(n) is not None})
+            found = {n: f"{line[n]:.4g}" for n in shown if line.get(n) is not None}
+            self.bar.set_postfix(found, refresh=False)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append completions to samples.jsonl."""
