@@ -163,7 +163,7 @@ def backends() -> str:
 
     groups: dict[tuple[bool, ...], list[str]] = {}
     for op, entries in _dispatch._TABLE.items():
-        groups.setdefault(tuple(":" in entries[name] for name in PROVED), []).append(op)
+        groups.setdefault(tuple(" " not in entries[name] for name in PROVED), []).append(op)
     rows = [
         "| "
         + ", ".join(f"`{op}`" for op in sorted(ops))

@@ -31,7 +31,7 @@ LIB = torch.library.Library("rlhf_fast", "DEF")
 # The fastest backend first; "reference" serves what nothing else can.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-# public op -> backend -> "module:prefix" of its implementations, or the sentence why there is none.
+# public op -> backend -> its module, or the sentence (the one with spaces) why there is none.
 _TABLE: dict[str, dict[str, str]] = {}
 # torch op -> public op whose row of the table serves it.
 _OWNER: dict[str, str] = {}
@@ -78,7 +78,7 @@ def _machine_lacks(backend: str) -> str | None:
 
 def _lacks(op: str, backend: str) -> str | None:
     entry = _TABLE[op][backend]
-    return _machine_lacks(backend) if ":" in entry else entry
+    return _machine_lacks(backend) if " " not in entry else entry
 
 
 def _call_lacks(backend: str, device: str, dtype: torch.dtype) -> str | None:
@@ -182,8 +182,7 @@ def _resolve(
         if candidate in reasons:
             logger.info("%s on %s: not served by %s: %s", op, device, candidate, reasons[candidate])
         else:
-            module, prefix = _TABLE[op][candidate].split(":")
-            return getattr(importlib.import_module(module), prefix + name)
+            return getattr(importlib.import_module(_TABLE[op][candidate]), name)
     others = "; ".join(f"{b}: {reasons.get(b, 'available')}" for b in BACKENDS)
     raise NotImplementedError(
         f"{op}: backend {backend!r} cannot serve {str(dtype)[6:]} tensors on {device} ({others})"
@@ -203,10 +202,10 @@ def implementations(
     `_native.py` serves the CPU alone.
     """
     _TABLE[op] = {
-        "reference": f"{room}.reference:",
-        "cpu": native or f"{room}._native:cpu_",
-        "triton": triton or f"{room}._triton:",
-        "cuda": cuda or native or f"{room}._native:cuda_",
+        "reference": f"{room}.reference",
+        "cpu": native or f"{room}._native",
+        "triton": triton or f"{room}._triton",
+        "cuda": cuda or native or f"{room}._native",
     }
 
 

@@ -120,7 +120,7 @@ def sample_call(op: str) -> tuple[tuple, dict]:
 
 
 def room_of(op: str) -> str:
-    return _dispatch._TABLE[op]["reference"].split(":")[0].split(".")[-2]
+    return _dispatch._TABLE[op]["reference"].split(".")[-2]
 
 
 def tensors_of(result) -> list[torch.Tensor]:

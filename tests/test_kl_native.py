@@ -44,10 +44,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-def everything(module, prefix, logits, ref, ids, weights, options=(None, 1.0, None)):
+def everything(module, logits, ref, ids, weights, options=(None, 1.0, None)):
     """(kl, logprob, ref_logprob, entropy, gradient) of one of the implementations."""
-    forward = getattr(module, f"{prefix}kl_divergence_full")
-    backward = getattr(module, f"{prefix}kl_divergence_backward")
+    forward = module.kl_divergence_full
+    backward = module.kl_divergence_backward
     *values, entropy, row_max, log_sum, ref_max, ref_sum = forward(logits, ref, ids, *options)
     saved = (row_max, log_sum, ref_max, ref_sum, values[0], entropy)
     grad = backward(*weights, logits, ref, ids, *options, *saved)
@@ -71,10 +71,10 @@ def assert_right(logits, ref, ids, options=(None, 1.0, None)):
     """All results against the reference in float64, by the package's tolerance rule."""
     weights = weights_of(len(ids))
     with poisoned_memory():
-        ours = everything(native, "cpu_", logits, ref, ids, weights, options)
-    plain = everything(reference, "", logits, ref, ids, weights, options)
+        ours = everything(native, logits, ref, ids, weights, options)
+    plain = everything(reference, logits, ref, ids, weights, options)
     double = [w.double() for w in weights]
-    truth = everything(reference, "", logits.double(), ref.double(), ids, double, options)
+    truth = everything(reference, logits.double(), ref.double(), ids, double, options)
     for name, *x in zip(NAMES, ours, truth, plain, strict=True):
         assert_accurate(name, *x)
 
@@ -125,10 +125,10 @@ def test_a_rows_bits_depend_on_nothing_else(isa, threads, dtype, vocabulary):
     rows = 5
     logits, ref = pair(rows, vocabulary, dtype, dtype)
     ids, weights = tokens_of(rows, vocabulary), weights_of(rows)
-    whole = everything(native, "cpu_", logits, ref, ids, weights)
+    whole = everything(native, logits, ref, ids, weights)
 
     def same(x, y, rows):
-        found = everything(native, "cpu_", x, y, ids[rows], [w[rows] for w in weights])
+        found = everything(native, x, y, ids[rows], [w[rows] for w in weights])
         for name, a, b in zip(NAMES, found, whole, strict=True):
             assert_same_bits(name, a, b[rows])
 
@@ -152,7 +152,7 @@ def test_masked_rows_are_not_looked_at(isa):
     ids, mask = torch.tensor([10**9, 3, -100]), torch.tensor([False, True, True])
     weights = [torch.tensor([math.nan, 1.0, math.nan])] * 3
     with poisoned_memory():
-        out = everything(native, "cpu_", logits, ref, ids, weights, (mask, 1.0, None))
+        out = everything(native, logits, ref, ids, weights, (mask, 1.0, None))
     for x in out:
         assert not x[::2].any() and x[1].isfinite().all()
 
@@ -166,15 +166,11 @@ def test_a_nan_in_a_row_that_counts_is_not_hidden(isa, column, fill):
     dirty[1, column] = math.nan
     ids = torch.tensor([5, 5])
     options = (None, 1.0, None)
-    kl, logprob, ref_logprob, entropy, *_ = native.cpu_kl_divergence_full(
-        dirty, clean, ids, *options
-    )
+    kl, logprob, ref_logprob, entropy, *_ = native.kl_divergence_full(dirty, clean, ids, *options)
     for x in (kl, logprob, entropy):
         assert x.isnan().tolist() == [False, True]
     assert ref_logprob.isfinite().all()
-    kl, logprob, ref_logprob, entropy, *_ = native.cpu_kl_divergence_full(
-        clean, dirty, ids, *options
-    )
+    kl, logprob, ref_logprob, entropy, *_ = native.kl_divergence_full(clean, dirty, ids, *options)
     for x in (kl, ref_logprob):
         assert x.isnan().tolist() == [False, True]
     assert logprob.isfinite().all() and entropy.isfinite().all()
@@ -183,9 +179,7 @@ def test_a_nan_in_a_row_that_counts_is_not_hidden(isa, column, fill):
 def test_an_unchecked_id_out_of_range_reads_nothing_and_gives_nan(isa):
     logits, ref = pair(4, 10, torch.float32, torch.float32)
     ids, one = torch.tensor([-1, 3, 10, 2**40]), torch.ones(4)
-    kl, logprob, ref_logprob, entropy, grad = everything(
-        native, "cpu_", logits, ref, ids, [one] * 3
-    )
+    kl, logprob, ref_logprob, entropy, grad = everything(native, logits, ref, ids, [one] * 3)
     for x in (logprob, ref_logprob):
         assert x.isnan().tolist() == [True, False, True, True]
     assert kl.isfinite().all() and entropy.isfinite().all()
@@ -200,7 +194,7 @@ def test_rows_more_than_two_to_the_31_elements_apart(isa):
         far.append(torch.empty(2**31 + 100, dtype=torch.bfloat16).as_strided((2, 100), (2**31, 1)))
         far[-1].copy_(x)
     ids, weights = torch.tensor([3, 99]), weights_of(2)
-    results = [everything(native, "cpu_", *x, ids, weights) for x in (far, near)]
+    results = [everything(native, *x, ids, weights) for x in (far, near)]
     for name, a, b in zip(NAMES, *results, strict=True):
         assert_same_bits(name, a, b)
 
@@ -208,9 +202,9 @@ def test_rows_more_than_two_to_the_31_elements_apart(isa):
 def test_wrong_types_are_refused():
     x, double = torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.float64)
     with pytest.raises(TypeError, match="ref_logits: expected one of float32"):
-        native.cpu_kl_divergence(x, double, None, 1.0, None)
+        native.kl_divergence(x, double, None, 1.0, None)
     with pytest.raises(TypeError, match="logits: expected one of float32"):
-        native.cpu_kl_divergence(double, x, None, 1.0, None)
+        native.kl_divergence(double, x, None, 1.0, None)
 
 
 # ------------------------------------------------------------------------- estimates
@@ -226,8 +220,8 @@ def test_estimates_of_any_difference(isa, estimator, clamps):
     grad = torch.ones_like(a)
     call = (None, estimator, *clamps)
     with poisoned_memory():
-        value = native.cpu_kl_estimate(a, b, *call)
-        slope = native.cpu_kl_estimate_backward(grad, a, b, *call)
+        value = native.kl_estimate(a, b, *call)
+        slope = native.kl_estimate_backward(grad, a, b, *call)
     truth = reference.kl_estimate(a.double(), b.double(), *call)
     true_slope = reference.kl_estimate_backward(grad.double(), a.double(), b.double(), *call)
     for name, ours, true in (("value", value, truth), ("slope", slope, true_slope)):
@@ -244,15 +238,15 @@ def test_estimates_of_any_number_of_tokens(isa, threads, estimator, size):
     a[~mask] = math.nan
     call = (mask, estimator, 1.5, 2.0)
     with poisoned_memory():
-        value = native.cpu_kl_estimate(a, b, *call)
-        slope = native.cpu_kl_estimate_backward(grad, a, b, *call)
+        value = native.kl_estimate(a, b, *call)
+        slope = native.kl_estimate_backward(grad, a, b, *call)
     x, y, g = (v.double() for v in (a, b, grad))
     assert_accurate("value", value, reference.kl_estimate(x, y, *call))
     assert_accurate("slope", slope, reference.kl_estimate_backward(g, x, y, *call))
     assert not value[~mask].any() and not slope[~mask].any()
     threads(2)
-    assert_same_bits("two threads", native.cpu_kl_estimate(a, b, *call), value)
-    last = native.cpu_kl_estimate(a[-1:], b[-1:], mask[-1:], *call[1:])
+    assert_same_bits("two threads", native.kl_estimate(a, b, *call), value)
+    last = native.kl_estimate(a[-1:], b[-1:], mask[-1:], *call[1:])
     assert_same_bits("alone", last, value[-1:])
 
 

@@ -56,7 +56,7 @@ def double(arguments):
 def assert_right(native, reference, name, arguments):
     """All results against the reference in float64, by the package's tolerance rule."""
     with poisoned_memory():
-        ours = getattr(native, f"cpu_{name}")(*arguments)
+        ours = getattr(native, name)(*arguments)
     plain = getattr(reference, name)(*arguments)
     truth = getattr(reference, name)(*double(arguments))
     for k, parts in enumerate(zip(ours, truth, plain, strict=True)):
@@ -125,7 +125,7 @@ def test_advantages(isa, shape):
         x = torch.where(mask, offset + values, math.nan)
         for options in ((True, True), (False, False)):
             arguments = [x, mask, *options, 1e-8, ""]
-            ours = native_advantages.cpu_whiten(*arguments)
+            ours = native_advantages.whiten(*arguments)
             plain, truth = (
                 reference_advantages.whiten(*form) for form in (arguments, double(arguments))
             )
@@ -139,7 +139,7 @@ def test_ranking(isa, size):
     for kept in (None, mask):
         for form in (ranks, ranks.double() / 7, ranks.half(), ranks + 2**60, ranks.to(torch.uint8)):
             arguments = [scores, form, kept, 0.25]
-            ours = native_ranking.cpu_ranking_loss(*arguments)
+            ours = native_ranking.ranking_loss(*arguments)
             truth = reference_ranking.ranking_loss(scores.double(), form, kept, 0.25)
             plain = reference_ranking.ranking_loss(*arguments)
             for name, *parts in zip(("loss", "gradient"), ours, truth, plain, strict=True):
@@ -159,11 +159,11 @@ def test_threads_change_no_bit(threads):
         threads(count)
         results.append(
             [
-                *native_loss.cpu_policy_loss(*gspo),
-                *native_loss.cpu_ppo_loss(*ppo),
-                *native_advantages.cpu_ppo_advantages(*rows),
-                native_advantages.cpu_whiten(lp, mask, True, True, 1e-8, ""),
-                *native_ranking.cpu_ranking_loss(*ranking),
+                *native_loss.policy_loss(*gspo),
+                *native_loss.ppo_loss(*ppo),
+                *native_advantages.ppo_advantages(*rows),
+                native_advantages.whiten(lp, mask, True, True, 1e-8, ""),
+                *native_ranking.ranking_loss(*ranking),
             ]
         )
     for other in results[1:]:
@@ -179,7 +179,7 @@ def test_rows_do_not_depend_on_each_other():
 
     def call(rows):
         tokens = (x[rows] for x in (scores, lp, lp + 0.2, values, mask))
-        return native_advantages.cpu_ppo_advantages(*tokens, None, *options)
+        return native_advantages.ppo_advantages(*tokens, None, *options)
 
     order = torch.tensor([4, 0, 8, 1, 7, 3, 2, 6, 5])
     whole = call(torch.arange(9))
@@ -195,6 +195,6 @@ def test_nan_reaches_the_statistics():
     lp = torch.tensor([[0.0, math.nan, 0.0]])
     one = torch.ones_like(lp)
     options = (None, None, None, None, "ppo", 0.2, None, None, "token-mean")
-    stats = native_loss.cpu_policy_loss(lp, 0 * one, one, *options)[1]
+    stats = native_loss.policy_loss(lp, 0 * one, one, *options)[1]
     named = dict(zip(reference_loss.STATS, stats.tolist(), strict=True))
     assert all(math.isnan(named[f"ratio_{name}"]) for name in ("mean", "min", "max"))

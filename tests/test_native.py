@@ -50,10 +50,10 @@ def options(softcap=None, temperature=1.0, temperatures=None, mask=None):
     return mask, temperature, temperatures, softcap, -100
 
 
-def everything(module, prefix, logits, ids, g, h, call):
+def everything(module, logits, ids, g, h, call):
     """(logprob, entropy, gradient) of one of the implementations."""
-    forward = getattr(module, f"{prefix}logprob_entropy")
-    backward = getattr(module, f"{prefix}logprob_backward")
+    forward = module.logprob_entropy
+    backward = module.logprob_backward
     logprob, entropy, row_max, log_sum = forward(logits, ids, *call)
     grad = backward(g, h, logits, ids, *call, row_max, log_sum, entropy)
     return logprob, entropy, grad
@@ -67,12 +67,12 @@ def assert_right(logits, ids, call):
     """All results against the reference in float64, by the package's tolerance rule."""
     g, h = randn(len(ids), seed=2), randn(len(ids), seed=3)
     with poisoned_memory():
-        ours = everything(native, "cpu_", logits, ids, g, h, call)
-    plain = everything(reference, "", logits, ids, g, h, call)
-    truth = everything(reference, "", logits.double(), ids, g.double(), h.double(), call)
+        ours = everything(native, logits, ids, g, h, call)
+    plain = everything(reference, logits, ids, g, h, call)
+    truth = everything(reference, logits.double(), ids, g.double(), h.double(), call)
     for name, *x in zip(("logprob", "entropy", "gradient"), ours, truth, plain, strict=True):
         assert_accurate(name, *x)
-    alone = native.cpu_logprob(logits, ids, *call)
+    alone = native.logprob(logits, ids, *call)
     assert_accurate("logprob alone", alone[0], truth[0], plain[0])
 
 
@@ -111,7 +111,7 @@ def test_every_half_precision_number_is_read_exactly(isa, dtype):
     """The maximum of a row of one logit is that logit: subnormal, infinite or not."""
     z = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     ids = torch.zeros(len(z), dtype=torch.int64)
-    logprob, row_max, _ = native.cpu_logprob(z.unsqueeze(1), ids, *options())
+    logprob, row_max, _ = native.logprob(z.unsqueeze(1), ids, *options())
     number = ~z.isnan()
     assert torch.equal(row_max[number], z[number].float())
     assert logprob[~number].isnan().all() and not logprob[z.isfinite()].any()
@@ -123,8 +123,8 @@ def test_gradients_are_rounded_to_the_nearest(isa, dtype):
     logits = (4 * randn(3, 3000, seed=1)).to(dtype)
     ids, one = torch.tensor([0, 7, 2999]), torch.tensor([1.0, 1e5, 1e-4])
     call = options()
-    full = everything(native, "cpu_", logits.float(), ids, one, one, call)
-    half = everything(native, "cpu_", logits, ids, one, one, call)
+    full = everything(native, logits.float(), ids, one, one, call)
+    half = everything(native, logits, ids, one, one, call)
     assert_same_bits("gradient", half[2], full[2].to(dtype))
 
 
@@ -134,10 +134,10 @@ def test_a_rows_bits_depend_on_nothing_else(isa, threads, dtype, vocabulary):
     rows = 5
     logits = (3 * randn(rows, vocabulary, seed=1)).to(dtype)
     ids, g, h = tokens_of(rows, vocabulary), randn(rows, seed=2), randn(rows, seed=3)
-    whole = everything(native, "cpu_", logits, ids, g, h, options())
+    whole = everything(native, logits, ids, g, h, options())
 
     def same(x, rows):
-        found = everything(native, "cpu_", x, ids[rows], g[rows], h[rows], options())
+        found = everything(native, x, ids[rows], g[rows], h[rows], options())
         for name, a, b in zip(("logprob", "entropy", "gradient"), found, whole, strict=True):
             assert_same_bits(name, a, b[rows])
 
@@ -160,7 +160,7 @@ def test_masked_rows_are_not_looked_at(isa):
     g = torch.full((3,), math.nan)
     g[1] = 1.0
     with poisoned_memory():
-        out = everything(native, "cpu_", logits, ids, g, g, options(mask=mask))
+        out = everything(native, logits, ids, g, g, options(mask=mask))
     for x in out:
         assert not x[::2].any() and x[1].isfinite().all()
 
@@ -171,7 +171,7 @@ def test_a_nan_in_a_row_that_counts_is_not_hidden(isa, column):
         logits = torch.full((2, 1500), fill)
         logits[:, 5] = 0.0
         logits[1, column] = math.nan
-        out = native.cpu_logprob_entropy(logits, torch.tensor([5, 5]), *options())
+        out = native.logprob_entropy(logits, torch.tensor([5, 5]), *options())
         for x in out[:2]:
             assert x.isnan().tolist() == [False, True]
 
@@ -179,7 +179,7 @@ def test_a_nan_in_a_row_that_counts_is_not_hidden(isa, column):
 def test_an_unchecked_id_out_of_range_reads_nothing_and_gives_nan(isa):
     logits, ids = randn(4, 10, seed=1), torch.tensor([-1, 3, 10, 2**40])
     one = torch.ones(4)
-    logprob, _, grad = everything(native, "cpu_", logits, ids, one, one, options())
+    logprob, _, grad = everything(native, logits, ids, one, one, options())
     assert logprob.isnan().tolist() == [True, False, True, True]
     assert grad[0].isnan().all() and grad[1].isfinite().all()
 
@@ -190,8 +190,8 @@ def test_rows_more_than_two_to_the_31_elements_apart(isa):
     z = buffer.as_strided((2, 100), (2**31, 1))
     z.copy_(randn(2, 100, seed=1).bfloat16())
     ids, one = torch.tensor([3, 99]), torch.ones(2)
-    far = everything(native, "cpu_", z, ids, one, one, options())
-    near = everything(native, "cpu_", z.clone(), ids, one, one, options())
+    far = everything(native, z, ids, one, one, options())
+    near = everything(native, z.clone(), ids, one, one, options())
     for name, a, b in zip(("logprob", "entropy", "gradient"), far, near, strict=True):
         assert_same_bits(name, a, b)
 
@@ -199,10 +199,10 @@ def test_rows_more_than_two_to_the_31_elements_apart(isa):
 def test_wrong_types_are_refused():
     ids = torch.tensor([0])
     with pytest.raises(TypeError, match="logits: expected one of float32"):
-        native.cpu_logprob(torch.zeros(1, 2, dtype=torch.float64), ids, *options())
+        native.logprob(torch.zeros(1, 2, dtype=torch.float64), ids, *options())
     x = torch.zeros(1, 2, dtype=torch.float64)
     with pytest.raises(TypeError, match="rewards: expected float32, got float64"):
-        native_gae.cpu_gae(x, x, None, None, None, 0.0, 1.0, 1.0, None, True)
+        native_gae.gae(x, x, None, None, None, 0.0, 1.0, 1.0, None, True)
     with pytest.raises(ValueError, match="logits: expected an address, got 0"):
         rows = (0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1.0, 0.0, -100)
         _C.cpu_logprob(rows, 1, 1, 0, 1, 1)
@@ -226,7 +226,7 @@ def assert_gae_right(inputs, numbers):
         values = values.masked_fill(~mask, math.inf)
     call = (rewards, values, mask, dones, bootstrap, *numbers)
     with poisoned_memory():
-        ours = native_gae.cpu_gae(*call)
+        ours = native_gae.gae(*call)
     plain = reference_gae.gae(*call)
     double = [x.double() if x is not None and x.is_floating_point() else x for x in call[:5]]
     truth = reference_gae.gae(*double, *numbers)
@@ -271,16 +271,16 @@ def test_a_chunk_without_a_token_passes_values_and_traces_on(isa):
 def test_a_trajectorys_bits_depend_on_nothing_else(isa, threads, masked):
     inputs = gae_inputs(7, 1300, 1, masked, masked, True)
     numbers = (0.0, 0.99, 0.95, 0.9, True)
-    whole = native_gae.cpu_gae(*inputs, *numbers)
+    whole = native_gae.gae(*inputs, *numbers)
     for count in (1, 2, 5):
         threads(count)
         for rows in (torch.arange(7), torch.tensor([4]), torch.tensor([6, 0, 3])):
-            part = native_gae.cpu_gae(*(None if x is None else x[rows] for x in inputs), *numbers)
+            part = native_gae.gae(*(None if x is None else x[rows] for x in inputs), *numbers)
             for name, a, b in zip(("advantages", "returns"), part, whole, strict=True):
                 assert_same_bits(name, a, b[rows])
     offsets = torch.arange(0, 7 * 1300 + 1, 1300)
     flat = [None if x is None else x.flatten() for x in inputs[:4]]
-    packed = native_gae.cpu_gae_packed(*flat[:2], offsets, *flat[2:], inputs[4], *numbers)
+    packed = native_gae.gae_packed(*flat[:2], offsets, *flat[2:], inputs[4], *numbers)
     for name, a, b in zip(("advantages", "returns"), packed, whole, strict=True):
         assert_same_bits(f"packed {name}", a, b.flatten())
 
@@ -290,18 +290,18 @@ def test_done_cuts_off_even_nan(isa):
     rewards, values = randn(1, 60, seed=1), randn(1, 60, seed=2)
     dones = torch.zeros(1, 60, dtype=torch.bool)
     dones[0, 29] = True
-    clean = native_gae.cpu_gae(
+    clean = native_gae.gae(
         rewards[:, :30], values[:, :30], None, None, None, 0.0, 0.9, 0.9, None, True
     )
     rewards[:, 30:], values[:, 30:] = math.nan, math.inf
-    out = native_gae.cpu_gae(rewards, values, None, dones, None, 0.0, 0.9, 0.9, None, True)
+    out = native_gae.gae(rewards, values, None, dones, None, 0.0, 0.9, 0.9, None, True)
     for name, a, b in zip(("advantages", "returns"), out, clean, strict=True):
         assert_accurate(name, a[:, :30], b.double())
 
 
 def test_discounted_returns_of_long_rows(isa):
     rewards, mask = randn(3, 2500, seed=1), random_mask(3, 2500, seed=2)
-    ours = native_gae.cpu_discounted_returns(rewards, mask, 0.99)
+    ours = native_gae.discounted_returns(rewards, mask, 0.99)
     truth = reference_gae.discounted_returns(rewards.double(), mask, 0.99)
     plain = reference_gae.discounted_returns(rewards, mask, 0.99)
     assert_accurate("returns", ours, truth, plain)

@@ -92,9 +92,9 @@ def assert_like_reference(logits, seed=5, position=9, mask=None, **parameters):
     u = z / torch.where(t == 0, 1.0, t)
     kept = kept_of(u, theirs[2], theirs[3])
     for _ in every_isa():
-        out = native.cpu_sample(logits, mask, *call, *draw)
+        out = native.sample(logits, mask, *call, *draw)
         assert torch.equal(out[0], ids)
-        mine = native.cpu_replay_logprob(z, ids, *call)
+        mine = native.replay_logprob(z, ids, *call)
         assert torch.equal(kept_of(u, mine[2], mine[3]), kept)
         assert_same_bits("logprob", out[1], mine[0])
         assert_same_bits("log_mass", out[2], mine[1])
@@ -173,7 +173,7 @@ def test_values_against_float64(isa, vocabulary, dtype):
     logits = (2 * randn(4, vocabulary, seed=3)).to(dtype)
     for parameters in ({}, {"temperature": 0.6, "top_k": 20}, {"top_p": 0.9}, {"min_p": 0.03}):
         with poisoned_memory():
-            ids, logprob, log_mass, entropy = native.cpu_sample(
+            ids, logprob, log_mass, entropy = native.sample(
                 logits, None, *arguments(**parameters), 1, None, 2, None
             )
         logq, true_mass, true_entropy = truth(logits, **parameters)
@@ -191,15 +191,15 @@ def test_gradients_against_float64(isa, vocabulary, dtype):
         call = arguments(**parameters)
         ids = logits.float().argmax(-1)
         grads = []
-        for module, prefix, z in (
-            (native, "cpu_", logits),
-            (reference, "", logits.double()),
-            (reference, "", logits.float()),
+        for module, z in (
+            (native, logits),
+            (reference, logits.double()),
+            (reference, logits.float()),
         ):
             with poisoned_memory():
-                stats = getattr(module, f"{prefix}replay_logprob")(z, ids, *call)[2:]
+                stats = module.replay_logprob(z, ids, *call)[2:]
                 u = [x.to(z.dtype) if z.dtype == torch.float64 else x for x in (g, h)]
-                backward = getattr(module, f"{prefix}replay_logprob_backward")
+                backward = module.replay_logprob_backward
                 grads.append(backward(*u, z, ids, *call[:2], *stats))
         ours, true, plain = grads
         assert_accurate("gradient", ours, true.to(dtype).double(), plain.to(dtype))
@@ -215,11 +215,11 @@ def test_rows_keep_their_bits(isa):
             logits, allowed = wide[:, begin : begin + 2050], mask[:, begin : begin + 2050]
             draw = *arguments(**parameters), 3, None, 4, None
             torch.set_num_threads(1)
-            first = native.cpu_sample(logits.contiguous(), allowed.contiguous(), *draw)
+            first = native.sample(logits.contiguous(), allowed.contiguous(), *draw)
             torch.set_num_threads(2)
-            second = native.cpu_sample(logits, allowed, *draw)
-            alone = native.cpu_sample(logits[4:5], allowed[4:5], *draw)
-            turned = native.cpu_sample(logits.t().contiguous().t(), allowed, *draw)
+            second = native.sample(logits, allowed, *draw)
+            alone = native.sample(logits[4:5], allowed[4:5], *draw)
+            turned = native.sample(logits.t().contiguous().t(), allowed, *draw)
             for name, x, y, z, t in zip("ilme", first, second, alone, turned, strict=True):
                 assert_same_bits(name, y, x)
                 assert_same_bits(name, t, x)

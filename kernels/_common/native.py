@@ -5,7 +5,11 @@ Nothing else in the package turns tensors into addresses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from rlhf_fast import _C
 
 from .launch import flat, rows_of
 
@@ -17,6 +21,11 @@ ESTIMATORS = {"k1": 0, "abs": 1, "k2": 2, "k3": 3}
 def address(x: torch.Tensor | None) -> int:
     """The address of the first element; 0 stands for None."""
     return 0 if x is None else x.data_ptr()
+
+
+def kernel(name: str, x: torch.Tensor) -> Callable[..., None]:
+    """The native kernel `name` for tensors on the device of `x`."""
+    return getattr(_C, f"{x.device.type}_{name}")
 
 
 def place(x: torch.Tensor) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Calls of the native kernels of rewards, advantages and whitening, for tensors on the CPU.
 
-What is passed on is float32 (the table
-of implementations sends float64 elsewhere), dense and not empty.
+What is passed on is float32 (the table of implementations sends float64 elsewhere), dense and not
+empty.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _launch(scores, logprob, ref_logprob, values, mask, at, penalty, options, ou
         )  # fmt: skip
 
 
-def cpu_shaped_rewards(
+def shaped_rewards(
     scores: torch.Tensor,
     logprob: torch.Tensor,
     ref_logprob: torch.Tensor,
@@ -51,7 +51,7 @@ def cpu_shaped_rewards(
     return rewards, kl
 
 
-def cpu_ppo_advantages(
+def ppo_advantages(
     scores: torch.Tensor,
     logprob: torch.Tensor,
     ref_logprob: torch.Tensor,
@@ -78,7 +78,7 @@ def cpu_ppo_advantages(
     return advantages, returns, rewards, kl
 
 
-def cpu_whiten(
+def whiten(
     x: torch.Tensor,
     mask: torch.Tensor | None,
     shift_mean: bool,
@@ -100,7 +100,7 @@ def cpu_whiten(
     return out
 
 
-def cpu_group_advantages(
+def group_advantages(
     scores: torch.Tensor, group_ids: torch.Tensor, kind: str, eps: float
 ) -> torch.Tensor:
     """Advantages [B]; 0 in a group of one."""

@@ -1,15 +1,14 @@
 """Calls of the native GAE kernels, for tensors on the CPU and on CUDA devices.
 
-What is passed on is float32 (the table of
-implementations sends float64 elsewhere), dense and not empty.
+What is passed on is float32 (the table of implementations sends float64 elsewhere), dense and not
+empty.
 """
 
 from __future__ import annotations
 
 import torch
 
-from rlhf_fast import _C
-from rlhf_fast.kernels._common.native import address, place
+from rlhf_fast.kernels._common.native import address, kernel, place
 
 
 def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -17,7 +16,7 @@ def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _launch(
-    kernel, rewards, values, offsets, mask, dones, bootstrap, bootstrap_value, gamma, lam,
+    rewards, values, offsets, mask, dones, bootstrap, bootstrap_value, gamma, lam,
     lam_value, carry, with_returns=True,
 ):  # fmt: skip
     if rewards.dtype != torch.float32:
@@ -28,7 +27,7 @@ def _launch(
     rows = rewards.shape[0] if offsets is None else offsets.shape[0] - 1
     if rewards.numel():
         decay = gamma * lam
-        kernel(
+        kernel("gae", rewards)(
             rewards.data_ptr(), address(values), address(offsets), address(mask),
             address(dones), address(bootstrap), advantages.data_ptr(), address(returns),
             rows, rewards.shape[-1], bootstrap_value, gamma, decay,
@@ -37,7 +36,7 @@ def _launch(
     return advantages, returns
 
 
-def cpu_gae(
+def gae(
     rewards: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
@@ -51,12 +50,12 @@ def cpu_gae(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantages[B, T], returns[B, T]); `carry` skips masked tokens, else they count as zeros."""
     return _launch(
-        _C.cpu_gae, rewards, values, None, mask, dones, bootstrap, bootstrap_value, gamma, lam,
+        rewards, values, None, mask, dones, bootstrap, bootstrap_value, gamma, lam,
         lam_value, carry,
     )  # fmt: skip
 
 
-def cpu_gae_packed(
+def gae_packed(
     rewards: torch.Tensor,
     values: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -71,63 +70,13 @@ def cpu_gae_packed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantages[N], returns[N]); sequence b is `cu_seqlens[b] : cu_seqlens[b + 1]`."""
     return _launch(
-        _C.cpu_gae, rewards, values, cu_seqlens, mask, dones, bootstrap, bootstrap_value, gamma,
+        rewards, values, cu_seqlens, mask, dones, bootstrap, bootstrap_value, gamma,
         lam, lam_value, carry,
     )  # fmt: skip
 
 
-def cpu_discounted_returns(
+def discounted_returns(
     rewards: torch.Tensor, mask: torch.Tensor | None, gamma: float
 ) -> torch.Tensor:
     """R_t = r_t + gamma R_{t+1} over the unmasked tokens: GAE with lambda 1 and no values."""
-    return _launch(
-        _C.cpu_gae, rewards, None, None, mask, None, None, 0.0, gamma, 1.0, None, True, False
-    )[0]
-
-
-def cuda_gae(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    dones: torch.Tensor | None,
-    bootstrap: torch.Tensor | None,
-    bootstrap_value: float,
-    gamma: float,
-    lam: float,
-    lam_value: float | None,
-    carry: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages[B, T], returns[B, T]); `carry` skips masked tokens, else they count as zeros."""
-    return _launch(
-        _C.cuda_gae, rewards, values, None, mask, dones, bootstrap, bootstrap_value, gamma, lam,
-        lam_value, carry,
-    )  # fmt: skip
-
-
-def cuda_gae_packed(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    mask: torch.Tensor | None,
-    dones: torch.Tensor | None,
-    bootstrap: torch.Tensor | None,
-    bootstrap_value: float,
-    gamma: float,
-    lam: float,
-    lam_value: float | None,
-    carry: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages[N], returns[N]); sequence b is `cu_seqlens[b] : cu_seqlens[b + 1]`."""
-    return _launch(
-        _C.cuda_gae, rewards, values, cu_seqlens, mask, dones, bootstrap, bootstrap_value, gamma,
-        lam, lam_value, carry,
-    )  # fmt: skip
-
-
-def cuda_discounted_returns(
-    rewards: torch.Tensor, mask: torch.Tensor | None, gamma: float
-) -> torch.Tensor:
-    """R_t = r_t + gamma R_{t+1} over the unmasked tokens: GAE with lambda 1 and no values."""
-    return _launch(
-        _C.cuda_gae, rewards, None, None, mask, None, None, 0.0, gamma, 1.0, None, True, False
-    )[0]
+    return _launch(rewards, None, None, mask, None, None, 0.0, gamma, 1.0, None, True, False)[0]

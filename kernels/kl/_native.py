@@ -10,25 +10,25 @@ import math
 
 import torch
 
-from rlhf_fast import _C
 from rlhf_fast.kernels._common.launch import flat, rows_of
 from rlhf_fast.kernels._common.native import (
     ESTIMATORS,
     LogitRows,
     address,
     dtype_number,
+    kernel,
     place,
 )
 
 from .reference import IGNORE_INDEX
 
 
-def _estimate(kernel, grads, logprob, ref_logprob, mask, estimator, clamp_in, clamp_out):
+def _estimate(name, grads, logprob, ref_logprob, mask, estimator, clamp_in, clamp_out):
     out = torch.empty(logprob.shape, dtype=torch.float32, device=logprob.device)
     if out.numel():
         vectors = [flat(x) for x in (*grads, logprob, ref_logprob, mask)]
         bounds = (math.inf if bound is None else bound for bound in (clamp_in, clamp_out))
-        kernel(
+        kernel(name, out)(
             *map(address, vectors), out.data_ptr(), out.numel(), ESTIMATORS[estimator], *bounds,
             *place(out),
         )  # fmt: skip
@@ -48,31 +48,32 @@ class _Pair:
         self.arguments = self.rows.arguments, ref, *place(logits)
 
 
-def _full(kernel, logits, ref_logits, ids, mask, temperature, temperatures):
+def _full(logits, ref_logits, ids, mask, temperature, temperatures):
     out = tuple(
         torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device) for _ in range(8)
     )
     if out[0].numel():
         pair = _Pair(logits, ref_logits, ids, mask, temperature, temperatures)
-        kernel(*pair.arguments, [x.data_ptr() for x in out])
+        kernel("kl", logits)(*pair.arguments, [x.data_ptr() for x in out])
     return out
 
 
-def _divergence(kernel, logits, ref_logits, mask, temperature, temperatures):
-    kl, _, _, _, *stats = _full(kernel, logits, ref_logits, None, mask, temperature, temperatures)
+def _divergence(logits, ref_logits, mask, temperature, temperatures):
+    kl, _, _, _, *stats = _full(logits, ref_logits, None, mask, temperature, temperatures)
     return kl, *stats
 
 
-def _backward(kernel, grads, logits, ref_logits, ids, mask, temperature, temperatures, saved):
+def _backward(grads, logits, ref_logits, ids, mask, temperature, temperatures, saved):
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if out.numel():
         pair = _Pair(logits, ref_logits, ids, mask, temperature, temperatures)
         vectors = [flat(x) for x in (*grads, *saved)]
-        kernel(*pair.arguments, [address(x) for x in vectors], out.data_ptr())
+        run = kernel("kl_backward", logits)
+        run(*pair.arguments, [address(x) for x in vectors], out.data_ptr())
     return out
 
 
-def cpu_kl_estimate(
+def kl_estimate(
     logprob: torch.Tensor,
     ref_logprob: torch.Tensor,
     mask: torch.Tensor | None,
@@ -82,10 +83,10 @@ def cpu_kl_estimate(
 ) -> torch.Tensor:
     """The estimate of each token; 0 where masked."""
     options = (mask, estimator, clamp_in, clamp_out)
-    return _estimate(_C.cpu_kl_estimate, (), logprob, ref_logprob, *options)
+    return _estimate("kl_estimate", (), logprob, ref_logprob, *options)
 
 
-def cpu_kl_estimate_backward(
+def kl_estimate_backward(
     grad: torch.Tensor,
     logprob: torch.Tensor,
     ref_logprob: torch.Tensor,
@@ -96,10 +97,10 @@ def cpu_kl_estimate_backward(
 ) -> torch.Tensor:
     """Gradient of `logprob`; that of `ref_logprob` is its negative."""
     options = (mask, estimator, clamp_in, clamp_out)
-    return _estimate(_C.cpu_kl_estimate_backward, (grad,), logprob, ref_logprob, *options)
+    return _estimate("kl_estimate_backward", (grad,), logprob, ref_logprob, *options)
 
 
-def cpu_kl_divergence(
+def kl_divergence(
     logits: torch.Tensor,
     ref_logits: torch.Tensor,
     mask: torch.Tensor | None,
@@ -107,10 +108,10 @@ def cpu_kl_divergence(
     temperatures: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """(kl, row_max, log_sum, ref_row_max, ref_log_sum), each of the shape of a row index."""
-    return _divergence(_C.cpu_kl, logits, ref_logits, mask, temperature, temperatures)
+    return _divergence(logits, ref_logits, mask, temperature, temperatures)
 
 
-def cpu_kl_divergence_full(
+def kl_divergence_full(
     logits: torch.Tensor,
     ref_logits: torch.Tensor,
     ids: torch.Tensor,
@@ -119,10 +120,10 @@ def cpu_kl_divergence_full(
     temperatures: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """(kl, logprob, ref_logprob, entropy, row_max, log_sum, ref_row_max, ref_log_sum)."""
-    return _full(_C.cpu_kl, logits, ref_logits, ids, mask, temperature, temperatures)
+    return _full(logits, ref_logits, ids, mask, temperature, temperatures)
 
 
-def cpu_kl_divergence_backward(
+def kl_divergence_backward(
     grad_kl: torch.Tensor,
     grad_logprob: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -141,80 +142,6 @@ def cpu_kl_divergence_backward(
 ) -> torch.Tensor:
     """Gradient of the policy's logits, contiguous and in their dtype."""
     return _backward(
-        _C.cpu_kl_backward, (grad_kl, grad_logprob, grad_entropy), logits, ref_logits, ids, mask,
-        temperature, temperatures, (row_max, log_sum, ref_row_max, ref_log_sum, kl, entropy),
-    )  # fmt: skip
-
-
-def cuda_kl_estimate(
-    logprob: torch.Tensor,
-    ref_logprob: torch.Tensor,
-    mask: torch.Tensor | None,
-    estimator: str,
-    clamp_in: float | None,
-    clamp_out: float | None,
-) -> torch.Tensor:
-    """The estimate of each token; 0 where masked."""
-    options = (mask, estimator, clamp_in, clamp_out)
-    return _estimate(_C.cuda_kl_estimate, (), logprob, ref_logprob, *options)
-
-
-def cuda_kl_estimate_backward(
-    grad: torch.Tensor,
-    logprob: torch.Tensor,
-    ref_logprob: torch.Tensor,
-    mask: torch.Tensor | None,
-    estimator: str,
-    clamp_in: float | None,
-    clamp_out: float | None,
-) -> torch.Tensor:
-    """Gradient of `logprob`; that of `ref_logprob` is its negative."""
-    options = (mask, estimator, clamp_in, clamp_out)
-    return _estimate(_C.cuda_kl_estimate_backward, (grad,), logprob, ref_logprob, *options)
-
-
-def cuda_kl_divergence(
-    logits: torch.Tensor,
-    ref_logits: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float,
-    temperatures: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
-    """(kl, row_max, log_sum, ref_row_max, ref_log_sum), each of the shape of a row index."""
-    return _divergence(_C.cuda_kl, logits, ref_logits, mask, temperature, temperatures)
-
-
-def cuda_kl_divergence_full(
-    logits: torch.Tensor,
-    ref_logits: torch.Tensor,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float,
-    temperatures: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
-    """(kl, logprob, ref_logprob, entropy, row_max, log_sum, ref_row_max, ref_log_sum)."""
-    return _full(_C.cuda_kl, logits, ref_logits, ids, mask, temperature, temperatures)
-
-
-def cuda_kl_divergence_backward(
-    grad_kl: torch.Tensor,
-    grad_logprob: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    logits: torch.Tensor,
-    ref_logits: torch.Tensor,
-    ids: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    temperature: float,
-    temperatures: torch.Tensor | None,
-    row_max: torch.Tensor,
-    log_sum: torch.Tensor,
-    ref_row_max: torch.Tensor,
-    ref_log_sum: torch.Tensor,
-    kl: torch.Tensor,
-    entropy: torch.Tensor | None,
-) -> torch.Tensor:
-    """Gradient of the policy's logits, contiguous and in their dtype."""
-    return _backward(
-        _C.cuda_kl_backward, (grad_kl, grad_logprob, grad_entropy), logits, ref_logits, ids, mask,
+        (grad_kl, grad_logprob, grad_entropy), logits, ref_logits, ids, mask,
         temperature, temperatures, (row_max, log_sum, ref_row_max, ref_log_sum, kl, entropy),
     )  # fmt: skip

@@ -7,134 +7,73 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_fast import _C
 from rlhf_fast.kernels._common.launch import flat
-from rlhf_fast.kernels._common.native import LogitRows, address, place
+from rlhf_fast.kernels._common.native import LogitRows, address, kernel, place
 
 
-def _forward(kernel, logits, ids, options, entropy):
+def _forward(logits, ids, options, entropy):
     logprob, row_max, log_sum = (
         torch.empty(ids.shape, dtype=torch.float32, device=logits.device) for _ in range(3)
     )
     if ids.numel():
         rows = LogitRows(logits, ids, *options)
-        kernel(
+        kernel("logprob", logits)(
             rows.arguments, *place(logits), logprob.data_ptr(), address(entropy),
             row_max.data_ptr(), log_sum.data_ptr(),
         )  # fmt: skip
     return logprob, row_max, log_sum
 
 
-def _with_entropy(kernel, logits, ids, options):
+def logprob(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob, row_max, log_sum), each of the shape of `ids`; 0 where a token is masked."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
+    return _forward(logits, ids, options, None)
+
+
+def logprob_entropy(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob, entropy, row_max, log_sum), each of the shape of `ids`; 0 for a masked token."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
     entropy = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
-    logprob, row_max, log_sum = _forward(kernel, logits, ids, options, entropy)
-    return logprob, entropy, row_max, log_sum
+    lp, row_max, log_sum = _forward(logits, ids, options, entropy)
+    return lp, entropy, row_max, log_sum
 
 
-def _backward(kernel, grad_logprob, grad_entropy, logits, ids, options, row_max, log_sum, entropy):
+def logprob_backward(
+    grad_logprob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
+    entropy: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient of the logits, contiguous and in their dtype."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if ids.numel():
         rows = LogitRows(logits, ids, *options)
         vectors = [flat(x) for x in (grad_logprob, grad_entropy, row_max, log_sum, entropy)]
-        kernel(rows.arguments, *place(logits), *map(address, vectors), out.data_ptr())
+        run = kernel("logprob_backward", logits)
+        run(rows.arguments, *place(logits), *map(address, vectors), out.data_ptr())
     return out
-
-
-def cpu_logprob(
-    logits: torch.Tensor,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float,
-    temperatures: torch.Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprob, row_max, log_sum), each of the shape of `ids`; 0 where a token is masked."""
-    options = (mask, temperature, temperatures, softcap, ignore_index)
-    return _forward(_C.cpu_logprob, logits, ids, options, None)
-
-
-def cpu_logprob_entropy(
-    logits: torch.Tensor,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float,
-    temperatures: torch.Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprob, entropy, row_max, log_sum), each of the shape of `ids`; 0 for a masked token."""
-    options = (mask, temperature, temperatures, softcap, ignore_index)
-    return _with_entropy(_C.cpu_logprob, logits, ids, options)
-
-
-def cpu_logprob_backward(
-    grad_logprob: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
-    logits: torch.Tensor,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float,
-    temperatures: torch.Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    row_max: torch.Tensor,
-    log_sum: torch.Tensor,
-    entropy: torch.Tensor | None,
-) -> torch.Tensor:
-    """Gradient of the logits, contiguous and in their dtype."""
-    options = (mask, temperature, temperatures, softcap, ignore_index)
-    return _backward(
-        _C.cpu_logprob_backward, grad_logprob, grad_entropy, logits, ids, options, row_max,
-        log_sum, entropy,
-    )  # fmt: skip
-
-
-def cuda_logprob(
-    logits: torch.Tensor,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float,
-    temperatures: torch.Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprob, row_max, log_sum), each of the shape of `ids`; 0 where a token is masked."""
-    options = (mask, temperature, temperatures, softcap, ignore_index)
-    return _forward(_C.cuda_logprob, logits, ids, options, None)
-
-
-def cuda_logprob_entropy(
-    logits: torch.Tensor,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float,
-    temperatures: torch.Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprob, entropy, row_max, log_sum), each of the shape of `ids`; 0 for a masked token."""
-    options = (mask, temperature, temperatures, softcap, ignore_index)
-    return _with_entropy(_C.cuda_logprob, logits, ids, options)
-
-
-def cuda_logprob_backward(
-    grad_logprob: torch.Tensor,
-    grad_entropy: torch.Tensor | None,
-    logits: torch.Tensor,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    temperature: float,
-    temperatures: torch.Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-    row_max: torch.Tensor,
-    log_sum: torch.Tensor,
-    entropy: torch.Tensor | None,
-) -> torch.Tensor:
-    """Gradient of the logits, contiguous and in their dtype."""
-    options = (mask, temperature, temperatures, softcap, ignore_index)
-    return _backward(
-        _C.cuda_logprob_backward, grad_logprob, grad_entropy, logits, ids, options, row_max,
-        log_sum, entropy,
-    )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Calls of the native loss kernels, for tensors on the CPU and on CUDA devices.
+"""Calls of the native loss kernels, for tensors on the CPU.
 
-What is passed on is float32 (the table
-of implementations sends float64 elsewhere), dense and not empty.
+What is passed on is float32 (the table of implementations sends float64 elsewhere), dense and not
+empty.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _launch(tokens, grads, normalizer, divisor, kind, estimator, reduction, clip
     return loss, stats
 
 
-def cpu_policy_loss(
+def policy_loss(
     logprob: torch.Tensor,
     old_logprob: torch.Tensor,
     advantages: torch.Tensor,
@@ -75,7 +75,7 @@ def cpu_policy_loss(
     return loss, stats, grad, empty
 
 
-def cpu_value_loss(
+def value_loss(
     values: torch.Tensor,
     old_values: torch.Tensor,
     returns: torch.Tensor,
@@ -95,7 +95,7 @@ def cpu_value_loss(
     return loss, stats, grad
 
 
-def cpu_ppo_loss(
+def ppo_loss(
     logprob: torch.Tensor,
     old_logprob: torch.Tensor,
     advantages: torch.Tensor,

@@ -11,7 +11,7 @@ import torch
 from rlhf_fast import _C
 
 
-def cpu_ranking_loss(
+def ranking_loss(
     scores: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None, margin: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, unit gradient of scores); 0 without any pair."""

@@ -35,7 +35,7 @@ def _empty(shape, *dtypes: torch.dtype) -> list[torch.Tensor]:
     return [torch.empty(shape, dtype=dtype) for dtype in dtypes]
 
 
-def cpu_sample(
+def sample(
     logits: torch.Tensor,
     logit_mask: torch.Tensor | None,
     temperature: float,
@@ -73,7 +73,7 @@ def cpu_sample(
     return tuple(out)
 
 
-def cpu_replay_logprob(
+def replay_logprob(
     logits: torch.Tensor,
     ids: torch.Tensor,
     temperature: float,
@@ -100,7 +100,7 @@ def cpu_replay_logprob(
     return tuple(out)
 
 
-def cpu_replay_logprob_backward(
+def replay_logprob_backward(
     grad_logprob: torch.Tensor,
     grad_log_mass: torch.Tensor,
     logits: torch.Tensor,
