@@ -147,7 +147,7 @@ def _scale(grad, unit, source):
     return torch.where(unit == 0, 0.0, unit * grad)
 
 
-def _scaled(grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+def scaled(grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """The gradient of `source`.
 
     Where nobody can differentiate it again, without the op's 25 us; and for `loss.backward()`, with
@@ -185,7 +185,7 @@ def register_unit_gradients(name: str, sources: Sequence[int], arguments: int) -
         grads: list[torch.Tensor | None] = [None] * arguments
         for k, unit, source in zip(sources, saved[:count], saved[count:], strict=True):
             if ctx.needs_input_grad[k]:
-                grads[k] = _scaled(grad, unit, source)
+                grads[k] = scaled(grad, unit, source)
         return tuple(grads)
 
     _dispatch.differentiable(name, setup_context=setup_context, backward=backward)
