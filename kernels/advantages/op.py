@@ -12,7 +12,7 @@ from rlhf_fast.kernels.ppo_loss._checks import common_dtype
 
 _NOT_YET = "only the CPU has a native kernel so far"
 for _op in ("shaped_rewards", "whiten", "ppo_advantages", "group_advantages"):
-    _dispatch.implementations(_op, __package__, triton=_NOT_YET, cuda=_NOT_YET)
+    _dispatch.implementations(_op, __package__, cuda=_NOT_YET)
 
 GROUP_KINDS = ("grpo", "dr_grpo", "rloo")
 _PENALTY = "float kl_coef, str estimator, float? clamp_in, float? clamp_out"
@@ -233,7 +233,7 @@ def ppo_advantages(
     at: str | torch.Tensor = "last",
     eps: float = 1e-8,
 ) -> Advantages:
-    """From scores, log-probs and values to advantages and returns, in one launch.
+    """From scores, log-probs and values to advantages and returns: one launch, two to whiten too.
 
         rewards, kl         = shaped_rewards(scores, logprob, ref_logprob, mask, ...)
         advantages, returns = gae(rewards, values, mask=mask, ...)

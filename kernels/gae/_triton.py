@@ -1,10 +1,8 @@
 """Generalised advantage estimation in Triton: two scans per block of tokens, one program per row.
 
-The recursion A_t = delta_t + slope_t A_{t+1} composes affine maps x -> slope x + offset, and the
-value that stands behind a token in "carry" mode is the last valid one seen from the right. Both are
-associative (Blelloch, "Prefix sums and their applications", 1990), so a block of tokens is scanned
-in parallel; blocks are walked from the row's end with the carried state, for any T. A single long
-row is not yet split over several programs: 16 rows of 65536 tokens use 16 multiprocessors.
+The scans are those of kernels/_common/scan.py; blocks are walked from the row's end with the
+carried state, for any T. A single long row is not yet split over several programs: 16 rows of 65536
+tokens use 16 multiprocessors.
 
 T is never specialised on, so loads and scans have one layout and one order of operations, and a
 row's bits do not depend on its alignment or its neighbours.
@@ -18,6 +16,7 @@ import triton.language as tl
 
 from rlhf_fast._dispatch import interpreting
 from rlhf_fast.kernels._common.launch import on_device_of
+from rlhf_fast.kernels._common.scan import first, nearest_values, traces
 
 # (longest row, tokens per block, warps): 8 tokens per thread from 256 tokens on, so that a block's
 # loads hide their latency. From this reasoning and the register table alone: not measured on a GPU.
@@ -26,34 +25,6 @@ SHAPES = ((64, 64, 1), (256, 256, 1), (1024, 1024, 4), (None, 2048, 8))
 PACKED_SHAPE = (1024, 4)
 # The interpreter takes 0.1 ms per element of a scan: small blocks waste less on short rows.
 INTERPRETER_SHAPE = (64, 1)
-
-
-@triton.jit
-def _nearest(found_a, value_a, found_b, value_b):
-    """Last-valid scan: `b` stands left of `a` and, where it is valid, hides it."""
-    return found_a | found_b, tl.where(found_b != 0, value_b, value_a)
-
-
-@triton.jit
-def _compose(slope_a, offset_a, slope_b, offset_b):
-    """The map of `b` (left) after that of `a` (right); a slope of 0 cuts off even NaN."""
-    offset = tl.where(slope_b == 0.0, offset_b, tl.fma(slope_b, offset_a, offset_b))
-    return slope_a * slope_b, offset
-
-
-@triton.jit
-def _first(x, lane):
-    """Lane 0 of a block as a scalar."""
-    return tl.sum(tl.where(lane == 0, x, 0.0), axis=0)
-
-
-@triton.jit
-def _traces(delta, cut, walked, decay, trace):
-    """A_t of a block from the A behind it."""
-    slope = tl.where(walked, tl.where(cut, 0.0, decay), 1.0)
-    offset = tl.where(walked, delta, 0.0)
-    slope, offset = tl.associative_scan((slope, offset), 0, _compose, reverse=True)
-    return tl.where(slope == 0.0, offset, tl.fma(slope, trace, offset))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -92,22 +63,20 @@ def _gae_kernel(
             following = tl.load(values_ptr + begin + (t + 1), mask=behind, other=0.0)
         following = tl.where(t + 1 == length, bootstrap_value, following)
         if SKIP:
-            found = (behind | (t + 1 == length)).to(tl.int32)
-            found, following = tl.associative_scan((found, following), 0, _nearest, reverse=True)
-            following = tl.where(found != 0, following, next_value)
-            next_value = _first(following, lane)
+            following = nearest_values(behind | (t + 1 == length), following, next_value)
+            next_value = first(following, lane)
         cut = tl.zeros([BLOCK_T], tl.int1)
         if dones_ptr is not None:
             cut = tl.load(dones_ptr + begin + t, mask=live, other=0) != 0
         delta = reward + gamma * tl.where(cut, 0.0, following) - value
         walked = live if CARRY else inside
-        advantage = _traces(delta, cut, walked, decay, trace)
-        trace = _first(advantage, lane)
+        advantage = traces(delta, cut, walked, decay, trace)
+        trace = first(advantage, lane)
         tl.store(advantages_ptr + begin + t, tl.where(live, advantage, 0.0), mask=inside)
         if returns_ptr is not None:
             if TWO_LAMBDAS:
-                advantage = _traces(delta, cut, walked, decay_returns, trace_returns)
-                trace_returns = _first(advantage, lane)
+                advantage = traces(delta, cut, walked, decay_returns, trace_returns)
+                trace_returns = first(advantage, lane)
             returns = tl.where(live, advantage + value, 0.0)
             tl.store(returns_ptr + begin + t, returns, mask=inside)
 
