@@ -199,6 +199,25 @@ def test_rows_more_than_two_to_the_31_elements_apart(isa):
         assert_same_bits(name, a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [7, 1500, 40_000])
+def test_the_gradient_may_be_written_over_the_logits(isa, threads, dtype, vocabulary):
+    threads(2)
+    logits, ref = pair(5, vocabulary, dtype, torch.float32)
+    ids, weights = tokens_of(5, vocabulary), weights_of(5)
+    logits[1, ids[1]] = -INF  # what every piece of the row asks for
+    ref[2, (ids[2] + 1) % vocabulary] = -INF
+    options = torch.arange(5) != 3, 0.7, None
+    kl, _, _, entropy, *saved = native.kl_divergence_full(logits, ref, ids, *options)
+    for masked in (weights, (weights[0], None, None)):
+        call = ref, ids, *options, *saved, kl, entropy
+        apart = native.kl_divergence_backward(*masked, logits, *call)
+        inside = logits.clone()
+        out = native.kl_divergence_backward(*masked, inside, *call, out=inside)
+        assert out is inside
+        assert_same_bits("gradient", inside, apart)
+
+
 def test_wrong_types_are_refused():
     x, double = torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.float64)
     with pytest.raises(TypeError, match="ref_logits: expected one of float32"):

@@ -97,6 +97,19 @@ def test_a_nan_in_a_row_that_counts_is_not_hidden(column, fill):
     assert logprob.isfinite().all() and entropy.isfinite().all()
 
 
+def test_the_gradient_may_be_written_over_the_logits():
+    logits, ref = (x.to(DEVICE) for x in pair(3, 1500))
+    ids = torch.tensor([0, 1499, 700], device=DEVICE)
+    logits[1, 1499] = -INF
+    weights = [randn(3, seed=seed).to(DEVICE) for seed in (5, 6, 7)]
+    kl, _, _, entropy, *saved = _triton.kl_divergence_full(logits, ref, ids, None, 0.7, None)
+    call = ref, ids, None, 0.7, None, *saved, kl, entropy
+    apart = _triton.kl_divergence_backward(*weights, logits, *call)
+    inside = logits.clone()
+    assert _triton.kl_divergence_backward(*weights, inside, *call, out=inside) is inside
+    assert_same_bits("gradient", inside, apart)
+
+
 def test_an_unchecked_id_out_of_range_gives_nan():
     ids, one = torch.tensor([-1, 3, 10, 2**40]), torch.ones(4)
     kl, logprob, ref_logprob, entropy, grad = everything(_triton, *pair(4, 10), ids, [one] * 3)

@@ -196,6 +196,32 @@ def test_rows_more_than_two_to_the_31_elements_apart(isa):
         assert_same_bits(name, a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [7, 1500, 40_000])
+def test_the_gradient_may_be_written_over_the_logits(isa, threads, dtype, vocabulary):
+    threads(2)
+    logits = randn(5, vocabulary, dtype=dtype, seed=1)
+    ids, g, h = tokens_of(5, vocabulary), randn(5, seed=2), randn(5, seed=3)
+    logits[1, ids[1]] = -math.inf  # what every piece of the row asks for
+    call = options(softcap=20.0, temperature=0.7, mask=torch.arange(5) != 3)
+    _, entropy, *saved = native.logprob_entropy(logits, ids, *call)
+    for weights, stats in (((g, h), (*saved, entropy)), ((g, None), (*saved, None))):
+        apart = native.logprob_backward(*weights, logits, ids, *call, *stats)
+        inside = logits.clone()
+        out = native.logprob_backward(*weights, inside, ids, *call, *stats, out=inside)
+        assert out is inside
+        assert_same_bits("gradient", inside, apart)
+
+
+def test_an_unfit_place_for_the_gradient_is_refused():
+    logits, ids = randn(4, 6, seed=1), tokens_of(4, 6)
+    call = options()
+    out, *saved = native.logprob(logits, ids, *call)
+    for place in (torch.empty(4, 5), torch.empty(4, 6).bfloat16(), torch.empty(6, 4).T):
+        with pytest.raises(ValueError, match="out: expected a contiguous float32"):
+            native.logprob_backward(out, None, logits, ids, *call, *saved, None, out=place)
+
+
 def test_wrong_types_are_refused():
     ids = torch.tensor([0])
     with pytest.raises(TypeError, match="logits: expected one of float32"):

@@ -128,6 +128,18 @@ def test_an_unchecked_id_out_of_range_gives_nan():
     assert grad[0].isnan().all() and grad[1].isfinite().all()
 
 
+def test_the_gradient_may_be_written_over_the_logits():
+    logits, ids = arguments(randn(3, 1500, seed=1), torch.tensor([0, 1499, 700]))[:2]
+    logits[1, 1499] = -math.inf
+    call = ids, None, 0.7, None, 20.0, -100
+    g, h = randn(3, seed=2).to(DEVICE), randn(3, seed=3).to(DEVICE)
+    _, entropy, *saved = _triton.logprob_entropy(logits, *call)
+    apart = _triton.logprob_backward(g, h, logits, *call, *saved, entropy)
+    inside = logits.clone()
+    assert _triton.logprob_backward(g, h, inside, *call, *saved, entropy, out=inside) is inside
+    assert_same_bits("gradient", inside, apart)
+
+
 @pytest.mark.parametrize("column", [0, 700, 1499])
 def test_a_nan_in_a_row_that_counts_is_not_hidden(column):
     logits = randn(2, 1500, seed=1)

@@ -58,6 +58,16 @@ struct alignas(16) Pack {
   T x[kSize];
 };
 
+// A load that the compiler may move like __ldg's, but through the coherent cache: a gradient may be
+// written over the logits that it was computed from.
+RLHF_HD uint4 load_words(const uint4* p) {
+  uint4 a;
+  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(a.x), "=r"(a.y), "=r"(a.z), "=r"(a.w)
+      : "l"(p));
+  return a;
+}
+
 // 16 bytes from `p`, a multiple of sizeof(T) but not always of 16. An unaligned pack is cut out of
 // the two aligned ones that it lies in: the caller sees to it that 16 bytes behind it are readable
 // too. Before it, the aligned start of its allocation is never passed.
@@ -65,9 +75,9 @@ template <class T>
 RLHF_HD Pack<T> load_pack(const T* p) {
   const uint32_t offset = reinterpret_cast<uintptr_t>(p) & 15u;
   const uint4* aligned = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(p) - offset);
-  uint4 a = __ldg(aligned);
+  uint4 a = load_words(aligned);
   if (offset) {
-    uint4 b = __ldg(aligned + 1);
+    uint4 b = load_words(aligned + 1);
     // Words first, by 2 and by 1, then bytes: a register cannot be indexed.
     if (offset & 8u) {
       a = make_uint4(a.z, a.w, b.x, b.y);

@@ -247,6 +247,25 @@ void forward(const KlArgs& args) {
 
 // ------------------------------------------------------------------- exact: backward
 
+// What the gradient of a row needs of it. It is read before any of it is written, since the
+// gradient may be written over the logits.
+struct GradientRow {
+  KlRow c;
+  float chosen, ref_chosen;  // logits of the token, NaN where its id is out of range
+};
+
+template <class T, class R>
+GradientRow gradient_row(const KlBackwardArgs& args, int64_t row) {
+  GradientRow r = {{}, NAN, NAN};
+  const int64_t y = args.in.ids[row];
+  if (y >= 0 && y < args.in.vocabulary) {
+    r.chosen = logit(row_of<T>(args.in, row), y);
+    r.ref_chosen = logit(row_of<R>(args.ref, row), y);
+  }
+  r.c = kl_row(args, row, r.chosen);
+  return r;
+}
+
 // The gradient is computed number by number, so neither pieces nor alignment can change it.
 template <bool KL, class T, class R>
 void backward_piece(const T* z, const R* q, int n, KlRow c, T* out) {
@@ -271,6 +290,10 @@ void backward(const KlBackwardArgs& args) {
   const LogitRows& in = args.in;
   const int64_t count = (in.vocabulary + kPiece - 1) / kPiece;
   advise_large_pages(args.out, in.rows * in.vocabulary * sizeof(T));
+  std::vector<GradientRow> rows(in.rows);
+  parallel_for(in.rows, kPiece, in.threads, [&](int64_t row) {
+    if (is_live(in, row)) rows[row] = gradient_row<T, R>(args, row);
+  });
   parallel_for(in.rows * count, grain_of(in), in.threads, [&](int64_t task) {
     const int64_t row = task / count, begin = task % count * kPiece;
     const int64_t left = in.vocabulary - begin;
@@ -282,19 +305,18 @@ void backward(const KlBackwardArgs& args) {
     }
     const T* const z = row_of<T>(in, row);
     const R* const q = row_of<R>(args.ref, row);
-    const int64_t y = in.ids[row];
-    const bool known = y >= 0 && y < in.vocabulary;
-    const KlRow c = kl_row(args, row, known ? logit(z, y) : NAN);
+    const auto& [c, chosen, ref_chosen] = rows[row];
     if (c.with_kl)
       backward_piece<true>(z + begin, q + begin, n, c, out);
     else
       backward_piece<false>(z + begin, q + begin, n, c, out);
+    const int64_t y = in.ids[row];
     if (args.grad_logprob && y >= begin && y < begin + n) {
-      const Vec zy = splat<Vec>(logit(z, y)), qy = splat<Vec>(logit(q, y));
-      T chosen[W];
-      store(chosen,
+      const Vec zy = splat<Vec>(chosen), qy = splat<Vec>(ref_chosen);
+      T one[W];
+      store(one,
             c.with_kl ? kl_gradient<true, true>(zy, qy, c) : kl_gradient<false, true>(zy, qy, c));
-      out[y - begin] = chosen[0];
+      out[y - begin] = one[0];
     }
   });
 }

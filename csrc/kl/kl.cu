@@ -232,6 +232,8 @@ __global__ void __launch_bounds__(kThreads, 2) kl_backward_kernel(KlBackwardArgs
   const int64_t y = in.ids[row];
   const bool known = y >= 0 && y < in.vocabulary;
   const float chosen = known ? to_float(z[y]) : not_a_number();
+  const float ref_chosen = known ? to_float(q[y]) : not_a_number();
+  __syncthreads();  // `out` may be the logits: all have read theirs before it is written
   const KlRow c = kl_row(args, row, chosen);
   if (c.with_kl)
     store_gradient<true>(z, q, vocabulary, c, out);
@@ -240,7 +242,6 @@ __global__ void __launch_bounds__(kThreads, 2) kl_backward_kernel(KlBackwardArgs
   if (!args.grad_logprob || !known) return;
   __syncthreads();  // orders the store below behind those above
   if (threadIdx.x == 0) {
-    const float ref_chosen = to_float(q[y]);
     convert(c.with_kl ? kl_gradient<true, true>(chosen, ref_chosen, c)
                       : kl_gradient<false, true>(chosen, ref_chosen, c),
             out[y]);

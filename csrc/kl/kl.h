@@ -42,7 +42,7 @@ struct KlBackwardArgs {
   const float *grad_logprob, *grad_entropy;                         // [rows] or null
   const float *row_max, *log_sum, *ref_row_max, *ref_log_sum, *kl;  // [rows]
   const float* entropy;  // [rows]; null without grad_entropy
-  void* out;             // [rows, vocabulary]
+  void* out;  // [rows, vocabulary]; may be the policy's logits where those are contiguous
 };
 
 namespace cuda {

@@ -205,6 +205,28 @@ void forward(const LogprobArgs& args) {
     finish_row<T, CAP>(args, row, pieces.data() + row * count, count);
 }
 
+// What the gradient of a row needs of it. It is read before any of it is written, since the
+// gradient may be written over the logits.
+template <class T>
+struct GradientRow {
+  RowGradient c;
+  T chosen;  // the logit of the token, 0 where its id is out of range
+};
+
+template <class T, bool ENTROPY>
+GradientRow<T> gradient_row(const LogprobBackwardArgs& args, int64_t row) {
+  GradientRow<T> r = {row_gradient<ENTROPY>(args, row), {}};
+  const int64_t y = args.in.ids[row];
+  if (y < 0 || y >= args.in.vocabulary) {
+    r.c.g = NAN;
+    return r;
+  }
+  T one[W] = {};
+  one[0] = r.chosen = row_of<T>(args.in, row)[y];
+  if (load(one)[0] == -kInfinity) r.c.g = 0.0f;
+  return r;
+}
+
 // The gradient is computed number by number, so neither `piece` nor alignment can change it.
 template <class T, bool ENTROPY>
 void backward_piece(const T* z, int n, RowGradient c, T* out) {
@@ -226,6 +248,10 @@ void backward(const LogprobBackwardArgs& args) {
   const LogitRows& in = args.in;
   advise_large_pages(args.out, in.rows * in.vocabulary * sizeof(T));
   const int64_t count = (in.vocabulary + kPiece - 1) / kPiece;
+  std::vector<GradientRow<T>> rows(in.rows);
+  parallel_for(in.rows, kPiece, in.threads, [&](int64_t row) {
+    if (is_live(in, row)) rows[row] = gradient_row<T, ENTROPY>(args, row);
+  });
   parallel_for(in.rows * count, grain_of(in, count), in.threads, [&](int64_t task) {
     const int64_t row = task / count, begin = task % count * kPiece;
     const int64_t left = in.vocabulary - begin;
@@ -235,20 +261,13 @@ void backward(const LogprobBackwardArgs& args) {
       std::memset(static_cast<void*>(out), 0, n * sizeof(T));
       return;
     }
-    RowGradient c = row_gradient<ENTROPY>(args, row);
-    const T* const z = row_of<T>(in, row);
+    const auto& [c, chosen] = rows[row];
+    backward_piece<T, ENTROPY>(row_of<T>(in, row) + begin, n, c, out);
     const int64_t y = in.ids[row];
-    T chosen[W] = {};
-    if (y >= 0 && y < in.vocabulary) {
-      chosen[0] = z[y];
-      if (load(chosen)[0] == -kInfinity) c.g = 0.0f;
-    } else {
-      c.g = NAN;
-    }
-    backward_piece<T, ENTROPY>(z + begin, n, c, out);
     if (y >= begin && y < begin + n) {
-      store(chosen, logit_gradient<ENTROPY, true>(load(chosen), c));
-      out[y - begin] = chosen[0];
+      T one[W] = {chosen};
+      store(one, logit_gradient<ENTROPY, true>(load(one), c));
+      out[y - begin] = one[0];
     }
   });
 }

@@ -133,6 +133,7 @@ __global__ void __launch_bounds__(kThreads) logprob_backward_kernel(LogprobBackw
     } else {
       c.g = __int_as_float(0x7fc00000);
     }
+    __syncthreads();  // `out` may be the logits: all have read theirs before it is written
   }
   const auto gradient = [&](T logit) {
     T result = {};

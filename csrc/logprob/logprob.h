@@ -38,7 +38,7 @@ struct LogprobBackwardArgs {
   LogitRows in;
   const float *grad_logprob, *row_max, *log_sum;  // [rows]
   const float *grad_entropy, *entropy;            // [rows], or both null
-  void* out;                                      // [rows, vocabulary]
+  void* out;  // [rows, vocabulary]; may be the logits themselves where those are contiguous
 };
 
 namespace cuda {

@@ -17,6 +17,18 @@ def flat(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
+def gradient_of(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """Where the gradient of `x` goes: a new tensor, or `out`, which may be `x` itself."""
+    if out is None:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out: expected a contiguous {str(x.dtype)[6:]} tensor of shape {tuple(x.shape)}, got "
+            f"{str(out.dtype)[6:]} of shape {tuple(out.shape)} and strides {out.stride()}"
+        )
+    return out
+
+
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     """See `x[..., V]` as rows: (tensor, rows per outer step, outer stride, inner stride).
 

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from rlhf_fast.kernels._common.launch import flat, rows_of
+from rlhf_fast.kernels._common.launch import flat, gradient_of, rows_of
 from rlhf_fast.kernels._common.native import (
     ESTIMATORS,
     LogitRows,
@@ -63,8 +63,8 @@ def _divergence(logits, ref_logits, mask, temperature, temperatures):
     return kl, *stats
 
 
-def _backward(grads, logits, ref_logits, ids, mask, temperature, temperatures, saved):
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+def _backward(grads, logits, ref_logits, ids, mask, temperature, temperatures, saved, out):
+    out = gradient_of(logits, out)
     if out.numel():
         pair = _Pair(logits, ref_logits, ids, mask, temperature, temperatures)
         vectors = [flat(x) for x in (*grads, *saved)]
@@ -139,9 +139,15 @@ def kl_divergence_backward(
     ref_log_sum: torch.Tensor,
     kl: torch.Tensor,
     entropy: torch.Tensor | None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradient of the policy's logits, contiguous and in their dtype."""
+    """Gradient of the policy's logits, contiguous and in their dtype.
+
+    It is written to `out` where that is given: contiguous, of the shape and dtype of `logits`, and
+    either `logits` itself or no part of it.
+    """
     return _backward(
         (grad_kl, grad_logprob, grad_entropy), logits, ref_logits, ids, mask,
-        temperature, temperatures, (row_max, log_sum, ref_row_max, ref_log_sum, kl, entropy),
+        temperature, temperatures, (row_max, log_sum, ref_row_max, ref_log_sum, kl, entropy), out,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from rlhf_fast.kernels._common.device_math import LOG2_E, expm1, row_rate, tree_sum
-from rlhf_fast.kernels._common.launch import flat, inverse, on_device_of, rows_of
+from rlhf_fast.kernels._common.launch import flat, gradient_of, inverse, on_device_of, rows_of
 
 from ._triton_estimate import BLOCK, estimate_kernel, kl_estimate, kl_estimate_backward
 from .reference import IGNORE_INDEX
@@ -214,6 +214,7 @@ def _backward_kernel(
         if grad_entropy_ptr is not None:
             h = tl.load(grad_entropy_ptr + row) * rate
             entropy_mean = log_sum - tl.load(entropy_ptr + row)
+        tl.debug_barrier()  # out may be the logits: all warps have read the token's by now
         for start in range(0, V, BLOCK_V):
             cols = start + lane
             d = (_logits(z_base, cols, V) - row_max) * rate
@@ -348,9 +349,15 @@ def kl_divergence_backward(
     ref_log_sum: torch.Tensor,
     kl: torch.Tensor,
     entropy: torch.Tensor | None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradient of the policy's logits, contiguous and in their dtype."""
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    """Gradient of the policy's logits, contiguous and in their dtype.
+
+    It is written to `out` where that is given: contiguous, of the shape and dtype of `logits`, and
+    either `logits` itself or no part of it.
+    """
+    out = gradient_of(logits, out)
     if out.numel():
         vocabulary = logits.shape[-1]
         log2_lanes, warps = _shape(vocabulary)

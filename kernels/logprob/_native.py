@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_fast.kernels._common.launch import flat
+from rlhf_fast.kernels._common.launch import flat, gradient_of
 from rlhf_fast.kernels._common.native import LogitRows, address, kernel, place
 
 
@@ -67,10 +67,16 @@ def logprob_backward(
     row_max: torch.Tensor,
     log_sum: torch.Tensor,
     entropy: torch.Tensor | None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradient of the logits, contiguous and in their dtype."""
+    """Gradient of the logits, contiguous and in their dtype.
+
+    It is written to `out` where that is given: contiguous, of the shape and dtype of `logits`, and
+    either `logits` itself or no part of it.
+    """
     options = (mask, temperature, temperatures, softcap, ignore_index)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = gradient_of(logits, out)
     if ids.numel():
         rows = LogitRows(logits, ids, *options)
         vectors = [flat(x) for x in (grad_logprob, grad_entropy, row_max, log_sum, entropy)]

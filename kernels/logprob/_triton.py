@@ -23,7 +23,7 @@ from rlhf_fast.kernels._common.device_math import (
     row_rate,
     softcapped,
 )
-from rlhf_fast.kernels._common.launch import flat, inverse, on_device_of, rows_of
+from rlhf_fast.kernels._common.launch import flat, gradient_of, inverse, on_device_of, rows_of
 
 # (largest vocabulary, log2 of the lanes, warps). Every entry gives a thread 8 lanes: one 16-byte
 # load of half-precision logits, and few enough registers (SHAPES x architectures in
@@ -122,6 +122,7 @@ def _backward_kernel(
         if grad_entropy_ptr is not None:
             h = tl.load(grad_entropy_ptr + row) * rate
             mean = log_sum - tl.load(entropy_ptr + row)
+        tl.debug_barrier()  # out may be the logits: all warps have read the token's by now
         for start in range(0, V, BLOCK_V):
             cols = start + lane
             inside = cols < V
@@ -250,9 +251,15 @@ def logprob_backward(
     row_max: torch.Tensor,
     log_sum: torch.Tensor,
     entropy: torch.Tensor | None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradient of the logits, contiguous and in their dtype."""
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    """Gradient of the logits, contiguous and in their dtype.
+
+    It is written to `out` where that is given: contiguous, of the shape and dtype of `logits`, and
+    either `logits` itself or no part of it.
+    """
+    out = gradient_of(logits, out)
     if ids.numel():
         vocabulary = logits.shape[-1]
         log2_lanes, warps = _shape(vocabulary)
