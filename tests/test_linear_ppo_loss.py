@@ -1,13 +1,12 @@
 """The policy loss from hidden states against the composition of the two ops it stands for."""
 
 import math
-from unittest import mock
 
 import pytest
 import torch
 
 import rlhf_fast
-from rlhf_fast.kernels.linear_head import _tiles, reference_ppo
+from rlhf_fast.kernels.linear_head import _chunks, _tiles, reference_ppo
 from rlhf_fast.testing import (
     assert_accurate,
     assert_same_bits,
@@ -24,20 +23,19 @@ B, T, H, V, R = 4, 9, 6, 70, 2
 
 @pytest.fixture(params=usable_backends("linear_ppo_loss"))
 def device(request):
-    with rlhf_fast.use_backend(request.param):
+    with rlhf_fast.use_backend(request.param, op="linear_ppo_loss"):
         yield device_of(request.param)
 
 
 @pytest.fixture(autouse=True)
-def small_tiles():
+def small_tiles(monkeypatch):
     """Several chunks of rows, blocks and slices at sizes that a test can afford."""
-    with (
-        mock.patch.object(_tiles, "SLICE", 24),
-        mock.patch.object(_tiles, "ROWS", 5),
-        mock.patch.object(reference_ppo, "INVARIANT_ROWS", 7),
-        mock.patch.object(reference_ppo, "CHUNK_BYTES", 1),
-    ):
-        yield
+    monkeypatch.setattr(_tiles, "SLICE", 24)
+    monkeypatch.setattr(_tiles, "ROWS", 5)
+    monkeypatch.setattr(reference_ppo, "INVARIANT_ROWS", 7)
+    monkeypatch.setattr(reference_ppo, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(_chunks, "MIN_ROWS", 7)
+    monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", "1")
 
 
 def make(dtype=torch.float32, device="cpu"):
@@ -102,6 +100,58 @@ def check(leaves, data, head=None, **kwargs):
 def test_equals_the_composition(device, kind, reduction):
     leaves, data = make(device=device)
     check(leaves, data, kind=kind, reduction=reduction, dual_clip=3.0, clip_high=0.28)
+
+
+def with_terms(leaves, data, *, entropy_coef, kl_coef, kl_estimator, ref_logprob, **kwargs):
+    """The composition with `ppo_loss` (without advantages) for the entropy and KL terms."""
+    x, w, bias, a, b = leaves
+    ids, mask = data["ids"], data["mask"]
+    out = rlhf_fast.linear_logprob_entropy(x, w, ids, bias=bias, lora=(a, b, 0.5), mask=mask)
+    old, advantages = data["old_logprob"], data["advantages"]
+    policy = rlhf_fast.policy_loss(out.logprob, old, advantages, mask, **kwargs)
+    kwargs = {k: v for k, v in kwargs.items() if k in ("reduction", "normalizer")}
+    zero = torch.zeros_like(old)
+    terms = rlhf_fast.ppo_loss(
+        out.logprob, old, zero, zero, zero, zero, mask, value_coef=0.0, entropy=out.entropy,
+        entropy_coef=entropy_coef, ref_logprob=ref_logprob, kl_coef=kl_coef,
+        kl_estimator=kl_estimator, **kwargs,
+    )  # fmt: skip
+    return policy, terms, policy.loss + terms.loss
+
+
+@pytest.mark.parametrize("kind", ["ppo", "reinforce", "gspo"])
+@pytest.mark.parametrize("coefs", [(0.02, 0.0), (0.0, 0.3), (0.02, 0.3)])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_entropy_bonus_and_kl_penalty(device, kind, coefs, estimator):
+    leaves, data = make(device=device)
+    weights = 0.5 + torch.rand(B, T, generator=torch.Generator().manual_seed(9)).to(device)
+    options = {
+        "kind": kind, "reduction": "seq-mean-token-mean", "importance_weights": weights,
+        "entropy_coef": coefs[0], "kl_coef": coefs[1], "kl_estimator": estimator,
+        "ref_logprob": data["old_logprob"] + 0.3 * randn(B, T, seed=11).to(device),
+    }  # fmt: skip
+    ours = fused(leaves, data, **options)
+    grads = torch.autograd.grad(ours.loss, leaves)
+    wide = [x.detach().double().cpu().requires_grad_() for x in leaves]
+    host, host_options = (
+        {k: v.cpu() if torch.is_tensor(v) else v for k, v in d.items()} for d in (data, options)
+    )
+    with rlhf_fast.use_backend("reference"):
+        policy, terms, total = with_terms(wide, host, **host_options)
+        _, _, plain = with_terms(leaves, data, **options)
+    assert_accurate("loss", ours.loss, total, plain)
+    found = ours.stats_dict()
+    for name, value in policy.stats_dict().items():
+        if name not in ("entropy", "kl"):
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    expected = terms.stats_dict()
+    assert found["kl"] == pytest.approx(expected["kl"], rel=1e-5)
+    entropy = expected["entropy"] if coefs[0] else 0.0
+    assert found["entropy"] == pytest.approx(entropy, rel=1e-5)
+    true_grads = torch.autograd.grad(total, wide)
+    plain_grads = torch.autograd.grad(plain, leaves)
+    for a, b, c in zip(grads, true_grads, plain_grads, strict=True):
+        assert_accurate("gradient", a, b, c)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -209,8 +259,8 @@ def test_torch_library_and_compile():
     )  # fmt: skip
     for kind in ("ppo", "gspo"):
         loss = (
-            data["old_logprob"], data["advantages"], None, None, None, kind, 0.2, None, None,
-            "token-mean", [True] * 5, "",
+            data["old_logprob"], data["advantages"], None, data["old_logprob"] - 0.1, None, None,
+            kind, 0.2, None, None, 0.01, 0.1, "k3", "token-mean", [True] * 5, "",
         )  # fmt: skip
         torch.library.opcheck(torch.ops.rlhf_fast.linear_ppo_loss.default, (*head, *loss))
 
@@ -226,12 +276,11 @@ def test_torch_library_and_compile():
         assert_same_bits("gradient", p, q)
 
 
-def test_backends():
-    leaves, data = make()
-    assert rlhf_fast.backends()["linear_ppo_loss"]["reference"] is True
+def test_a_backend_that_cannot_serve_says_so():
+    leaves, data = make(torch.float64)
     with (
-        rlhf_fast.use_backend("triton", op="linear_ppo_loss"),
-        pytest.raises(NotImplementedError, match="linear_ppo_loss: backend 'triton'"),
+        rlhf_fast.use_backend("cpu", op="linear_ppo_loss"),
+        pytest.raises(NotImplementedError, match="linear_ppo_loss: backend 'cpu' cannot serve"),
     ):
         fused(leaves, data)
 
@@ -244,6 +293,10 @@ def test_backends():
         ({"mask": torch.zeros(B)}, ValueError, "mask: expected shape"),
         ({"ids": torch.full((B, T), V)}, IndexError, "ids: expected values in"),
         ({"kind": "dpo"}, ValueError, "kind: expected one of"),
+        ({"kl_coef": 0.1}, ValueError, "ref_logprob: expected a tensor"),
+        ({"ref_logprob": torch.zeros(B)}, ValueError, "ref_logprob: expected shape"),
+        ({"kl_estimator": "k9"}, ValueError, "kl_estimator: expected one of"),
+        ({"entropy_coef": math.nan}, ValueError, "entropy_coef: expected"),
         ({"reduction": "mean"}, ValueError, "reduction: expected one of"),
         ({"normalizer": 0.0}, ValueError, "normalizer"),
         ({"dual_clip": 0.5}, ValueError, "dual_clip"),

@@ -29,9 +29,10 @@ def full_precision(function: Callable[..., object]) -> Callable[..., object]:
     """
 
     @functools.wraps(function)
-    def wrapper(first: torch.Tensor, *arguments):
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *arguments)
+    def wrapper(*arguments):
+        device = next(x.device.type for x in arguments if isinstance(x, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
 
     return wrapper
 
@@ -39,6 +40,11 @@ def full_precision(function: Callable[..., object]) -> Callable[..., object]:
 def _padded(x: torch.Tensor) -> torch.Tensor:
     rows, columns = (-n % _PAD for n in x.shape)
     return torch.nn.functional.pad(x, (0, columns, 0, rows)) if rows or columns else x
+
+
+def fits_tensor_cores(x: torch.Tensor) -> bool:
+    """Whether products of `x` run in half precision with sums in float32."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def product(
@@ -49,9 +55,20 @@ def product(
     BLAS picks kernels by shape and treats the edge of a matrix differently from its inside: with
     operands of fixed shape whose sizes are multiples of 64 there is no edge. `out` may be used.
     """
-    if not invariant:
-        return torch.mm(a, b, out=out)
-    return (_padded(a) @ _padded(b))[: a.shape[0], : b.shape[1]].contiguous()
+    if invariant:
+        whole = (_padded(a) @ _padded(b))[: a.shape[0], : b.shape[1]]
+        return whole.contiguous() if out is None else out.copy_(whole)
+    if a.dtype in (torch.float16, torch.bfloat16):  # `fits_tensor_cores`
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out=out)
+
+
+def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> None:
+    """total += alpha a @ b, in the dtype of `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, alpha=alpha)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, alpha=alpha, out=total)
 
 
 @dataclass
@@ -63,6 +80,7 @@ class Rows:
     """
 
     hidden: torch.Tensor  # [rows, H], 0 where masked
+    operand: torch.Tensor  # hidden as it enters the products: in half precision on tensor cores
     live: torch.Tensor  # [rows] bool
     temperature: float | torch.Tensor  # a number, or [rows, 1]
     index: torch.Tensor | None  # which rows of the call are kept, None for all
@@ -73,7 +91,9 @@ class Rows:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, hidden, live, temperature, temperatures, invariant, dtype) -> Rows:
+    def of(
+        cls, hidden, live, temperature, temperatures, invariant, dtype, tensor_cores=False
+    ) -> Rows:
         index = None
         size = hidden.shape[0]
         if live.device.type == "cpu" and not live.all():
@@ -82,6 +102,7 @@ class Rows:
             temperatures = temperatures if temperatures is None else temperatures[index]
         count = hidden.shape[0]
         x = hidden if index is not None else torch.where(live.unsqueeze(-1), hidden, 0.0)
+        operand = x
         x = x.to(dtype)
         if temperatures is not None:
             temperature = torch.where(live, temperatures, 1.0).to(dtype).unsqueeze(-1)
@@ -92,7 +113,9 @@ class Rows:
             if temperatures is not None:
                 temperature = torch.nn.functional.pad(temperature, (0, 0, 0, extra), value=1.0)
         block = INVARIANT_ROWS if invariant else ROWS
-        return cls(x, live, temperature, index, size, count, block, invariant)
+        if invariant or not (tensor_cores and fits_tensor_cores(operand)):
+            operand = x
+        return cls(x, operand, live, temperature, index, size, count, block, invariant)
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """A per-row tensor of the call at the rows that are kept, with zeros behind it."""
@@ -124,7 +147,8 @@ class Rows:
         A fresh tile of 4 MiB costs more in page faults than most of what is done to it.
         """
         if name not in self.buffers:
-            self.buffers[name] = self.hidden.new_empty(self.block * SLICE)
+            width = max(SLICE, columns.stop - columns.start)
+            self.buffers[name] = self.hidden.new_empty(self.block * width)
         rows = min(block.stop, self.hidden.shape[0]) - block.start
         size = columns.stop - columns.start
         return self.buffers[name][: rows * size].view(rows, size)
@@ -145,10 +169,11 @@ class Head:
     logit_scale: float = 1.0
     softcap: float | None = None
 
-    def slices(self) -> Iterator[slice]:
-        vocabulary = self.weight.shape[0]
-        for first in range(0, vocabulary, SLICE):
-            yield slice(first, min(first + SLICE, vocabulary))
+    def slices(self, width: int | None = None) -> Iterator[slice]:
+        """The vocabulary in slices of `width`, SLICE unless told."""
+        vocabulary, width = self.weight.shape[0], width or SLICE
+        for first in range(0, vocabulary, width):
+            yield slice(first, min(first + width, vocabulary))
 
     def down(self, rows: Rows) -> torch.Tensor | None:
         """x A^T [N, r], block by block so that rows stay independent."""
@@ -162,6 +187,26 @@ class Head:
         """This slice of scaling * B, in the arithmetic's dtype."""
         return None if self.lora_b is None else self.scaling * self.lora_b[columns].to(dtype)
 
+    def product(
+        self,
+        rows: Rows,
+        block: slice,
+        columns: slice,
+        weight: torch.Tensor,
+        down: torch.Tensor | None,
+        up: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """The logits of one block and slice before softcap and temperature, written to `out`."""
+        z = product(rows.operand[block], weight.t(), rows.invariant, out)
+        if down is not None:
+            z += product(down[block], up.t(), rows.invariant)
+        if self.logit_scale != 1.0:
+            z *= self.logit_scale
+        if self.bias is not None:
+            z += self.bias[columns].to(z.dtype)
+        return z
+
     def tile(
         self,
         rows: Rows,
@@ -174,13 +219,7 @@ class Head:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(tempered logits u, slope of the softcap or None) of one block and slice."""
         out = rows.scratch(buffer, block, columns)
-        z = product(rows.hidden[block], weight.t(), rows.invariant, out)
-        if down is not None:
-            z += product(down[block], up.t(), rows.invariant)
-        if self.logit_scale != 1.0:
-            z *= self.logit_scale
-        if self.bias is not None:
-            z += self.bias[columns].to(z.dtype)
+        z = self.product(rows, block, columns, weight, down, up, out)
         slope = None
         if self.softcap is not None:
             tanh = torch.tanh(z / self.softcap)
@@ -283,23 +322,38 @@ class Gradients:
             )
 
     def add(
-        self, dz: torch.Tensor, block: slice, weight: torch.Tensor, up: torch.Tensor | None
+        self,
+        dz: torch.Tensor,
+        block: slice | torch.Tensor,
+        weight: torch.Tensor,
+        up: torch.Tensor | None,
     ) -> None:
-        """Add the tile whose gradient of logit_scale * product + bias is `dz`."""
-        invariant = self.rows.invariant
+        """Add the tile whose gradient of logit_scale * product + bias is `dz`.
+
+        `block` is a slice of the rows, or the indices of some.
+        """
+        scale = self.head.logit_scale
         if self.slice_bias is not None:
             self.slice_bias += dz.sum(0)
-        if self.head.logit_scale != 1.0:
-            dz = dz * self.head.logit_scale
-        if self.slice_weight is not None:
-            self.slice_weight.addmm_(dz.t(), self.rows.hidden[block])
         if self.slice_b is not None:
-            self.slice_b.addmm_(dz.t(), self.down[block], alpha=self.head.scaling)
-        for grad, factor in ((self.hidden, weight), (self.down_grad, up)):
-            if grad is not None and invariant:
-                grad[block] += product(dz, factor, invariant)
-            elif grad is not None:
-                grad[block].addmm_(dz, factor)
+            accumulate(self.slice_b, dz.t(), self.down[block], scale * self.head.scaling)
+        if self.down_grad is not None:
+            self._add_rows(self.down_grad, block, dz, up)
+        dz = dz.to(self.rows.operand.dtype)
+        if self.slice_weight is not None:
+            accumulate(self.slice_weight, dz.t(), self.rows.operand[block], scale)
+        if self.hidden is not None:
+            self._add_rows(self.hidden, block, dz, weight)
+
+    def _add_rows(self, grad, block, dz: torch.Tensor, factor: torch.Tensor) -> None:
+        """Add dz times `factor` to the gradient of some rows."""
+        scale = self.head.logit_scale
+        if isinstance(block, torch.Tensor):
+            grad.index_add_(0, block, product(dz, factor, self.rows.invariant), alpha=scale)
+        elif self.rows.invariant:
+            grad[block].add_(product(dz, factor, True), alpha=scale)
+        else:
+            accumulate(grad[block], dz, factor, scale)
 
     def leave(self, columns: slice) -> None:
         """Round the slice's gradients, once."""

@@ -11,8 +11,7 @@ from rlhf_fast.kernels.logprob.op import as_temperature
 from .op import check_head, check_head_values, new_gradients
 from .reference_kl import IGNORE_INDEX
 
-_NOT_YET = "only the reference implements it so far"
-_dispatch.implementations("linear_kl", __package__, native=_NOT_YET, triton=_NOT_YET)
+_dispatch.implementations("linear_kl", __package__)
 
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor ref_hidden, Tensor ref_weight, Tensor? ids, "
@@ -132,6 +131,10 @@ def linear_kl(
         _args.check_device("ids", ids, hidden.device, "hidden")
     mask = _args.as_mask("mask", mask, rows, hidden.device, "hidden's shape without H")
     dtype = _args.compute_dtype(torch.promote_types(hidden.dtype, ref_hidden.dtype))
+    if dtype == torch.float64:  # of either model: both are then computed in it
+        hidden, weight, ref_hidden, ref_weight = (
+            x.to(dtype) for x in (hidden, weight, ref_hidden, ref_weight)
+        )
     number, tensor = as_temperature(temperature, rows, hidden.device, dtype)
     out = torch.ops.rlhf_fast.linear_kl(
         hidden.reshape(-1, hidden.shape[-1]), weight,

@@ -11,9 +11,8 @@ from rlhf_fast import _args, _dispatch, _invariant
 from rlhf_fast.kernels.logprob.op import LogprobEntropy, as_temperature, check_token_values
 from rlhf_fast.kernels.logprob.reference import live_tokens
 
-_NOT_YET = "only the reference implements it so far"
 for _op in ("linear_logprob", "linear_logprob_entropy"):
-    _dispatch.implementations(_op, __package__, native=_NOT_YET, triton=_NOT_YET)
+    _dispatch.implementations(_op, __package__)
 
 ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
@@ -218,10 +217,16 @@ def linear_logprob(
         u = softcap * tanh(z / softcap) / temperature
         logprob[...] = u[..., ids] - log sum_v exp(u[..., v])
 
-    Logits exist one tile at a time and are computed again in the backward pass. Products and sums
-    are float32 (float64 for float64), under `torch.autocast` too; the gradient of `weight` is
-    accumulated in float32 and rounded once. Gradients that are not needed cost nothing; on the CPU,
-    masked tokens cost nothing and tokens with upstream gradient 0 no backward pass. Sources:
+    Logits exist one chunk of rows at a time, in float32, and are computed again in the backward
+    pass, in which the gradient overwrites them. `RLHF_FAST_CHUNK_BYTES` is the size of a chunk (64
+    MiB on the CPU, 1 GiB on CUDA, never fewer than 64 rows). Beside it a backward pass needs 4 V H
+    bytes, in which the gradient of `weight` is summed in float32 and rounded once; the reference
+    walks in smaller tiles. Products and sums are float32 (float64 for float64), under
+    `torch.autocast` too; on CUDA, half-precision operands are multiplied as they are, with float32
+    sums, and the gradient of the logits is rounded to their dtype before its products. Gradients
+    that are not needed cost nothing; on the CPU, masked tokens cost nothing and tokens with
+    upstream gradient 0 no backward pass. With a `group` every backend walks as the reference does:
+    only one rank has a token's logit, and the row kernels read both together. Sources:
     Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Wijmans et al., "Cut
     Your Losses in Large-Vocabulary Language Models", 2024; Hu et al., "LoRA", 2021.
 

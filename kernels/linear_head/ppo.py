@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from rlhf_fast import _args, _dispatch
+from rlhf_fast.kernels.kl.op import ESTIMATORS
 from rlhf_fast.kernels.ppo_loss import Loss
 from rlhf_fast.kernels.ppo_loss._checks import (
     check_normalizer,
@@ -17,23 +18,24 @@ from rlhf_fast.kernels.ppo_loss._checks import (
     rows,
     split_normalizer,
 )
-from rlhf_fast.kernels.ppo_loss.op import KINDS, REDUCTIONS
+from rlhf_fast.kernels.ppo_loss.op import KINDS, REDUCTIONS, scaled
 
 from .op import ARGUMENTS, GRADIENTS, check_values, prepare
 
-_NOT_YET = "only the reference implements it so far"
-_dispatch.implementations("linear_ppo_loss", __package__, native=_NOT_YET, triton=_NOT_YET)
+_dispatch.implementations("linear_ppo_loss", __package__)
 
 _LOSS = (
-    "Tensor old_logprob, Tensor advantages, Tensor? weights, Tensor? normalizer, float? divisor, "
-    "str kind, float? clip_low, float? clip_high, float? dual_clip, str reduction, bool[] needs"
+    "Tensor old_logprob, Tensor advantages, Tensor? weights, Tensor? ref_logprob, "
+    "Tensor? normalizer, float? divisor, str kind, float? clip_low, float? clip_high, "
+    "float? dual_clip, float entropy_coef, float kl_coef, str kl_estimator, str reduction, "
+    "bool[] needs"
 )
 _COUNT = ARGUMENTS.count(",") + _LOSS.count(",") + 3  # with the backend
-_ADVANTAGES, _KIND = ARGUMENTS.count(",") + 2, ARGUMENTS.count(",") + 6
+_ADVANTAGES, _NORMALIZER, _KIND = (ARGUMENTS.count(",") + n for n in (2, 5, 7))
 
 
 def _fake(hidden, weight, ids, bias, lora_a, lora_b, *others):
-    old_logprob, kind, needs = others[9], others[14], others[-2]
+    old_logprob, kind, needs = others[9], others[_KIND - 6], others[-2]
     dtype = _args.compute_dtype(hidden.dtype)
     inputs = (hidden, weight, bias, lora_a, lora_b)
     units = (
@@ -53,7 +55,8 @@ def _check(*arguments) -> None:
     check_values(*arguments)
     ids, mask, ignore_index = arguments[2], arguments[6], arguments[12]
     counts = ids != ignore_index
-    check_normalizer(counts if mask is None else counts & mask, *arguments[18:20])
+    options = arguments[_NORMALIZER : _NORMALIZER + 2]
+    check_normalizer(counts if mask is None else counts & mask, *options)
 
 
 _dispatch.define(
@@ -82,8 +85,7 @@ def _backward(ctx, grad, *_):
         ctx.places, ctx.saved_tensors[:count], ctx.saved_tensors[count:], strict=True
     ):
         if ctx.needs_input_grad[i]:
-            scaled = torch.ops.rlhf_fast.scale_unit_gradient(grad, unit, source)
-            out[i] = scaled.to(source.dtype)
+            out[i] = scaled(grad, unit, source).to(source.dtype)
     return tuple(out)
 
 
@@ -105,6 +107,10 @@ def linear_ppo_loss(
     reduction: str = "token-mean",
     normalizer: float | torch.Tensor | None = None,
     importance_weights: torch.Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprob: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
     bias: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     ignore_index: int = -100,
@@ -115,12 +121,17 @@ def linear_ppo_loss(
 ) -> Loss:
     """Policy-gradient loss of tokens from hidden states, without the [N, V] logits.
 
-        loss = policy_loss(linear_logprob(hidden, weight, ids, ...), old_logprob, advantages, mask)
+        logprob, entropy = linear_logprob_entropy(hidden, weight, ids, ...)
+        loss = policy_loss(logprob, old_logprob, advantages, mask)
+               - entropy_coef entropy + kl_coef kl_estimate(logprob, ref_logprob)
 
+    with the entropy and the KL estimate reduced as the policy loss is, without its weights.
     An id equal to `ignore_index` counts as masked, in the loss and in every statistic. While a
     gradient is needed, the forward pass takes it from each chunk of logits before the next one
     overwrites it: three matrix products instead of the four of `linear_logprob` (kind "gspo" and a
-    `group` take the four). The unit gradients are kept, in float32, until the backward pass.
+    `group` take the four). On the CPU, masked tokens enter no product, and tokens whose gradient
+    is 0 (clipped, or with advantage 0) only the first. Memory beside the result: a chunk of logits
+    as in `linear_logprob`, and the unit gradients, in float32, until the backward pass.
     Sources: Schulman et al., "Proximal Policy Optimization Algorithms", 2017; Hsu et al., "Liger
     Kernel", 2024 (gradient in the forward pass); those of `linear_logprob` and `policy_loss`.
 
@@ -134,6 +145,11 @@ def linear_ppo_loss(
         mask: `[...]` bool, integer or float, or None; where it is 0 the token does not count.
         kind, clip_low, clip_high, dual_clip, reduction, normalizer, importance_weights: as in
             `policy_loss`; the weights are `[...]`.
+        entropy_coef: coefficient of the entropy bonus. At 0 the entropy is not computed, and its
+            statistic is 0.
+        ref_logprob: `[...]` log-probs of the reference, or None; its KL is among the statistics.
+        kl_coef, kl_estimator: coefficient and estimator ("k1", "abs", "k2" or "k3") of the KL
+            penalty; a coefficient other than 0 needs `ref_logprob`.
         bias, temperature, ignore_index, softcap, logit_scale, lora, group: as in `linear_logprob`.
 
     Returns:
@@ -150,6 +166,11 @@ def linear_ppo_loss(
     """
     _args.choice("kind", kind, KINDS)
     _args.choice("reduction", reduction, REDUCTIONS)
+    _args.choice("kl_estimator", kl_estimator, ESTIMATORS)
+    entropy_coef = _args.number("entropy_coef", entropy_coef)
+    kl_coef = _args.number("kl_coef", kl_coef)
+    if kl_coef != 0.0 and ref_logprob is None:
+        raise ValueError(f"ref_logprob: expected a tensor (kl_coef is {kl_coef}), got None")
     head = prepare(
         hidden, weight, ids, bias, temperature, mask, ignore_index, softcap, logit_scale, lora,
         group,
@@ -157,6 +178,8 @@ def linear_ppo_loss(
     data = {"old_logprob": old_logprob, "advantages": advantages}
     if importance_weights is not None:
         data["importance_weights"] = importance_weights
+    if ref_logprob is not None:
+        data["ref_logprob"] = ref_logprob
     for name, x in data.items():
         _args.check_float_tensor(name, x)
         _args.check_shape(name, x, ids.shape, "that of ids")
@@ -164,16 +187,19 @@ def linear_ppo_loss(
     dtype = torch.promote_types(common_dtype(**data), _args.compute_dtype(hidden.dtype))
     if kind != "reinforce":
         advantages = advantages.detach()
-    weights = None if importance_weights is None else importance_weights.detach()
+    weights, ref_logprob = (
+        x if x is None else rows(x.detach(), dtype) for x in (importance_weights, ref_logprob)
+    )
     # The gradients are taken in the forward pass, so it has to know which of them will be needed.
     needs = [
         x is not None and x.requires_grad and torch.is_grad_enabled()
         for x in (head[i] for i in GRADIENTS)
     ]
     loss, stats, *_ = torch.ops.rlhf_fast.linear_ppo_loss(
-        *head, rows(old_logprob.detach(), dtype), rows(advantages, dtype), rows(weights, dtype),
+        *head, rows(old_logprob.detach(), dtype), rows(advantages, dtype), weights, ref_logprob,
         *split_normalizer(normalizer, hidden.device, dtype), kind,
-        *clip_arguments(clip_low, clip_high, dual_clip), reduction, needs,
+        *clip_arguments(clip_low, clip_high, dual_clip), entropy_coef, kl_coef, kl_estimator,
+        reduction, needs,
         _dispatch.requested("linear_ppo_loss"),
     )  # fmt: skip
     return Loss(loss, stats)

@@ -48,13 +48,16 @@ def _merge_cross(parts, row_max, ref_row_max) -> torch.Tensor:
     return total
 
 
-def _kl_setup(hidden, weight, ref_hidden, ref_weight, ids, mask, temperature, temperatures,
-              invariant):  # fmt: skip
+def kl_setup(
+    hidden, weight, ref_hidden, ref_weight, ids, mask, temperature, temperatures, invariant,
+    tensor_cores=False,
+):  # fmt: skip
+    """The rows and heads of both models; without ids the tokens are 0."""
     if ids is None:
         ids = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     live = live_tokens(ids, mask, IGNORE_INDEX)
     dtype = compute_dtype(torch.promote_types(hidden.dtype, ref_hidden.dtype))
-    options = (live, temperature, temperatures, _invariant.enabled(invariant), dtype)
+    options = (live, temperature, temperatures, _invariant.enabled(invariant), dtype, tensor_cores)
     rows, ref_rows = Rows.of(hidden, *options), Rows.of(ref_hidden, *options)
     local = rows.pad(local_ids(ids, live, weight.shape[0], ""))
     return live, local, rows, Head(weight), ref_rows, Head(ref_weight), dtype
@@ -76,7 +79,7 @@ def linear_kl(
 
     Without `ids` the two log-probs are those of token 0.
     """
-    _, local, rows, head, ref_rows, ref_head, dtype = _kl_setup(
+    _, local, rows, head, ref_rows, ref_head, dtype = kl_setup(
         hidden, weight, ref_hidden, ref_weight, ids, mask, temperature, temperatures, invariant
     )
     nothing = torch.full_like(rows.hidden[:, 0], -torch.inf)
@@ -147,7 +150,7 @@ def linear_kl_backward(
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of hidden and weight; a row whose KL is +inf gives none to kl."""
-    live, local, rows, head, ref_rows, ref_head, dtype = _kl_setup(
+    live, local, rows, head, ref_rows, ref_head, dtype = kl_setup(
         hidden, weight, ref_hidden, ref_weight, ids, mask, temperature, temperatures, invariant
     )
     upstream = Upstream(rows, local)

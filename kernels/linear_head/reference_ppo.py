@@ -8,12 +8,21 @@ four of a backward pass that has to compute the logits again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from rlhf_fast import _invariant
 from rlhf_fast._args import compute_dtype
+from rlhf_fast.kernels.kl.reference import kl_estimate_backward
 from rlhf_fast.kernels.logprob.reference import live_tokens
-from rlhf_fast.kernels.ppo_loss.reference import policy_loss, reduction_of
+from rlhf_fast.kernels.ppo_loss.reference import (
+    STATS,
+    entropy_and_kl,
+    policy_loss,
+    reduction_of,
+)
 
 from ._tiles import (
     INVARIANT_ROWS,
@@ -27,23 +36,38 @@ from ._tiles import (
     pick,
     statistics,
 )
-from .reference_logprob import backward_sweep, linear_logprob, local_ids
+from .reference_logprob import (
+    backward_sweep,
+    linear_logprob,
+    linear_logprob_entropy,
+    local_ids,
+)
 
 # The logits of this many bytes are kept between the two halves of a chunk of rows.
 CHUNK_BYTES = 64 * 2**20
 
 
-def _coefficients(mask, weights, normalizer, divisor, reduction, dtype) -> torch.Tensor:
-    """The factor [B, T] with which each token's loss enters the whole."""
+class Sweeps(NamedTuple):
+    """The ways over a head that the loss needs."""
+
+    linear_logprob: Callable[..., tuple]
+    linear_logprob_entropy: Callable[..., tuple]
+    backward_sweep: Callable[..., list]
+    one_sweep: Callable[..., tuple]
+    tensor_cores: bool = False
+
+
+def _factors(mask, normalizer, divisor, reduction, dtype) -> torch.Tensor:
+    """The factor [B, T] with which each token's terms enter the whole."""
     by = reduction_of(mask, reduction, divisor, normalizer, dtype)
-    factors = by.spread(torch.ones_like(mask, dtype=dtype))
-    return factors if weights is None else torch.where(mask, factors * weights, 0.0)
+    return by.spread(torch.ones_like(mask, dtype=dtype))
 
 
-def _one_sweep(rows: Rows, head: Head, local, needs, token_gradient):
-    """(logprob [N], gradients of the head) with the logits of each chunk computed once.
+def _one_sweep(rows: Rows, head: Head, local, needs, with_entropy: bool, token_gradient):
+    """(logprob [N], entropy [N], gradients of the head) with each chunk's logits computed once.
 
-    `token_gradient(logprob, chunk)` is the gradient of the loss in the chunk's log-probs.
+    `token_gradient(logprob, chunk)` are the gradients of the loss in the chunk's log-probs and
+    entropies, the latter None without `with_entropy`, when the entropy is not one.
     """
     dtype = rows.hidden.dtype
     if not rows.invariant:
@@ -52,7 +76,7 @@ def _one_sweep(rows: Rows, head: Head, local, needs, token_gradient):
     down = head.down(rows)
     gradients = Gradients(head, rows, down, needs, slicewise=False)
     upstream = Upstream(rows, local)
-    logprob = rows.new()
+    logprob, entropy = rows.new(), rows.new()
     for block in rows.blocks():
         nothing = torch.full_like(logprob[block], -torch.inf)
         stats, picked, tiles = [nothing, *torch.zeros_like(nothing).expand(2, -1)], nothing, []
@@ -60,23 +84,28 @@ def _one_sweep(rows: Rows, head: Head, local, needs, token_gradient):
             w, up = head.weight[columns].to(dtype), head.up(columns, dtype)
             u, slope = head.tile(rows, block, columns, w, down, up, f"logits {columns.start}")
             picked = pick(u, local[block], columns, picked)
-            stats = merge(stats, statistics(rows.scratch("exp", block, columns).copy_(u), None))
+            tile = rows.scratch("exp", block, columns).copy_(u)
+            buffer = rows.scratch("gradient", block, columns) if with_entropy else None
+            stats = merge(stats, statistics(tile, buffer))
             tiles.append((columns, u, slope))
-        row_max, total, _ = stats
-        log_sum = torch.where(total == 0, 0.0, total.log())
+        row_max, total, weighted = stats
+        empty = total == 0
+        log_sum = torch.where(empty, 0.0, total.log())
         lp = torch.where(rows.live[block], (picked - finite(row_max)) - log_sum, 0.0)
         logprob[block] = lp
-        upstream.put(block, row_max, log_sum, lp, token_gradient(lp, block))
+        entropy[block] = torch.where(empty, 0.0, log_sum - weighted / total)
+        g, h = token_gradient(lp, block)
+        upstream.put(block, row_max, log_sum, lp, g, entropy[block], h)
         for columns, u, slope in tiles:
             w, up = head.weight[columns].to(dtype), head.up(columns, dtype)
             dz, _ = upstream.spread(u, block, columns)
             gradients.enter(columns)
             gradients.add(dz if slope is None else dz.mul_(slope), block, w, up)
-    return rows.whole(logprob), gradients.finish(lambda x: x)
+    return rows.whole(logprob), rows.whole(entropy), gradients.finish(lambda x: x)
 
 
-@full_precision
-def linear_ppo_loss(
+def policy_loss_of_head(
+    sweeps: Sweeps,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     ids: torch.Tensor,
@@ -95,12 +124,16 @@ def linear_ppo_loss(
     old_logprob: torch.Tensor,
     advantages: torch.Tensor,
     weights: torch.Tensor | None,
+    ref_logprob: torch.Tensor | None,
     normalizer: torch.Tensor | None,
     divisor: float | None,
     kind: str,
     clip_low: float | None,
     clip_high: float | None,
     dual_clip: float | None,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
     reduction: str,
     needs: list[bool],
 ) -> tuple[torch.Tensor, ...]:
@@ -116,37 +149,82 @@ def linear_ppo_loss(
     tokens = live.view(old_logprob.shape)
     dtype = compute_dtype(hidden.dtype)
     clips = (kind, clip_low, clip_high, dual_clip)
-    scale = (weights, normalizer, divisor)
+    extras = (entropy_coef, kl_coef, kl_estimator)
+    with_entropy = entropy_coef != 0.0
 
-    def whole_loss(logprob: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logprob = logprob.view(tokens.shape).to(old_logprob.dtype)
-        return policy_loss(logprob, old_logprob, advantages, tokens, *scale, *clips, reduction)
+    def whole_loss(logprob: torch.Tensor, entropy: torch.Tensor | None) -> tuple:
+        """(loss, stats, unit gradients of logprob, entropy and advantages)."""
+        logprob, entropy = (
+            x if x is None else x.view(tokens.shape).to(old_logprob.dtype)
+            for x in (logprob, entropy if with_entropy else None)
+        )
+        loss, stats, unit, unit_advantages = policy_loss(
+            logprob, old_logprob, advantages, tokens, weights, normalizer, divisor, *clips,
+            reduction,
+        )  # fmt: skip
+        by = reduction_of(tokens, reduction, divisor, normalizer, logprob.dtype)
+        extra, means, unit_extra, unit_entropy = entropy_and_kl(
+            logprob, entropy, ref_logprob, by, *extras
+        )
+        for name, value in means.items():
+            stats[STATS.index(name)] = value
+        loss = loss if extra is None else loss + extra
+        unit = unit if unit_extra is None else unit + unit_extra
+        return loss, stats, unit, unit_entropy if with_entropy else None, unit_advantages
 
     parts: list[torch.Tensor | None] = [None] * 5
     if kind == "gspo" or group or not any(needs):
         # A sequence's ratio, or another rank's part of a row, is not known in time.
-        logprob, row_max, log_sum = linear_logprob(*head_arguments)
-        loss, stats, unit, unit_advantages = whole_loss(logprob)
+        entropy = None
+        if with_entropy:
+            logprob, entropy, *saved = sweeps.linear_logprob_entropy(*head_arguments)
+        else:
+            logprob, *saved = sweeps.linear_logprob(*head_arguments)
+        loss, stats, unit, unit_entropy, unit_advantages = whole_loss(logprob, entropy)
         if any(needs):
-            parts = backward_sweep(
-                unit.flatten().to(dtype), None, *head_arguments, logprob, row_max, log_sum, None,
-                needs, False,
-            )  # fmt: skip
+            units = (x if x is None else x.flatten().to(dtype) for x in (unit, unit_entropy))
+            parts = sweeps.backward_sweep(
+                *units, *head_arguments, logprob, *saved, entropy, needs, False
+            )
     else:
-        invariant = _invariant.enabled(invariant)
-        rows = Rows.of(hidden, live, temperature, temperatures, invariant, dtype)
+        rows = Rows.of(
+            hidden, live, temperature, temperatures, _invariant.enabled(invariant), dtype,
+            sweeps.tensor_cores,
+        )  # fmt: skip
         head = Head(weight, bias, lora_a, lora_b, scaling, logit_scale, softcap)
-        factors = _coefficients(tokens, weights, normalizer, divisor, reduction, old_logprob.dtype)
-        columns = [rows.pad(x.flatten()) for x in (old_logprob, advantages, tokens, factors)]
+        factors = _factors(tokens, normalizer, divisor, reduction, old_logprob.dtype)
+        vectors = [
+            x if x is None else rows.pad(x.flatten())
+            for x in (old_logprob, advantages, tokens, factors, weights, ref_logprob)
+        ]
 
-        def token_gradient(logprob: torch.Tensor, block: slice) -> torch.Tensor:
-            old, advantage, counts, factor = (x[block].unsqueeze(0) for x in columns)
+        def token_gradient(logprob: torch.Tensor, block: slice) -> tuple:
+            old, advantage, counts, factor, weight, ref = (
+                x if x is None else x[block].unsqueeze(0) for x in vectors
+            )
             logprob = logprob.to(old.dtype).unsqueeze(0)
-            options = (factor, None, None, *clips, "token-sum")
-            return policy_loss(logprob, old, advantage, counts, *options)[2][0].to(dtype)
+            scale = factor if weight is None else torch.where(counts, factor * weight, 0.0)
+            options = (scale, None, None, *clips, "token-sum")
+            g = policy_loss(logprob, old, advantage, counts, *options)[2]
+            if ref is not None and kl_coef != 0.0:
+                kl_options = (logprob, ref, counts, kl_estimator, None, None)
+                g = g + kl_coef * kl_estimate_backward(factor, *kl_options)
+            h = (-entropy_coef * factor)[0].to(dtype) if with_entropy else None
+            return g[0].to(dtype), h
 
         local = rows.pad(local_ids(ids, live, weight.shape[0], ""))
-        logprob, parts = _one_sweep(rows, head, local, needs, token_gradient)
-        loss, stats, _, unit_advantages = whole_loss(logprob)
+        logprob, entropy, parts = sweeps.one_sweep(
+            rows, head, local, needs, with_entropy, token_gradient
+        )
+        loss, stats, _, _, unit_advantages = whole_loss(logprob, entropy)
     parts = [hidden.new_empty(0) if x is None else x.contiguous() for x in parts]
     return loss, stats, *parts, unit_advantages
+
+
+_SWEEPS = Sweeps(linear_logprob, linear_logprob_entropy, backward_sweep, _one_sweep)
+
+
+@full_precision
+def linear_ppo_loss(*arguments) -> tuple[torch.Tensor, ...]:
+    """`policy_loss_of_head` by the sweeps of the reference."""
+    return policy_loss_of_head(_SWEEPS, *arguments)

@@ -306,6 +306,41 @@ def value_loss(
     return loss, _stacked(stats), unit
 
 
+def entropy_and_kl(
+    logprob: torch.Tensor,
+    entropy: torch.Tensor | None,
+    ref_logprob: torch.Tensor | None,
+    by: Reduction,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor]:
+    """(-entropy_coef entropy + kl_coef kl, statistics, unit gradients of logprob and entropy).
+
+    A term with coefficient 0 is left out, so that an infinite one does no harm; None where nothing
+    is left. The gradient of an entropy that was not given is empty.
+    """
+    stats: dict[str, torch.Tensor] = {}
+    loss = unit = None
+    unit_entropy = logprob.new_empty(0)
+    if entropy is not None:
+        entropy = torch.where(by.mask, entropy, 0.0)
+        stats["entropy"] = by.mean(entropy)
+        unit_entropy = by.spread(torch.full_like(entropy, -entropy_coef))
+        if entropy_coef != 0.0:
+            loss = -entropy_coef * by.reduce(entropy)
+    if ref_logprob is not None:
+        options = (logprob, ref_logprob, by.mask, kl_estimator, None, None)
+        kl = kl_estimate(*options)
+        stats["kl"] = by.mean(kl)
+        if kl_coef != 0.0:
+            penalty = kl_coef * by.reduce(kl)
+            loss = penalty if loss is None else loss + penalty
+            slope = kl_estimate_backward(torch.ones_like(kl), *options)
+            unit = kl_coef * by.spread(slope)
+    return loss, stats, unit, unit_entropy
+
+
 def ppo_loss(
     logprob: torch.Tensor,
     old_logprob: torch.Tensor,
@@ -328,10 +363,7 @@ def ppo_loss(
     kl_estimator: str,
     reduction: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, stats, unit gradients of logprob, values and entropy: the last empty without one).
-
-    A term with coefficient 0 is left out, so that an infinite one does no harm.
-    """
+    """(loss, stats, unit gradients of logprob, values and entropy: the last empty without one)."""
     mask = _everything(mask, logprob)
     by = reduction_of(mask, reduction, divisor, normalizer, logprob.dtype)
     loss, stats, unit, _ = _policy(
@@ -344,20 +376,13 @@ def ppo_loss(
         unit_values = value_coef * unit_values
     else:
         unit_values = torch.zeros_like(unit_values)
-    unit_entropy = logprob.new_empty(0)
-    if entropy is not None:
-        entropy = torch.where(mask, entropy, 0.0)
-        stats["entropy"] = by.mean(entropy)
-        unit_entropy = by.spread(torch.full_like(entropy, -entropy_coef))
-        if entropy_coef != 0.0:
-            loss = loss - entropy_coef * by.reduce(entropy)
-    if ref_logprob is not None:
-        options = (logprob, ref_logprob, mask, kl_estimator, None, None)
-        kl = kl_estimate(*options)
-        stats["kl"] = by.mean(kl)
-        if kl_coef != 0.0:
-            loss = loss + kl_coef * by.reduce(kl)
-            slope = kl_estimate_backward(torch.ones_like(kl), *options)
-            unit = unit + kl_coef * by.spread(slope)
+    extra, extra_stats, unit_extra, unit_entropy = entropy_and_kl(
+        logprob, entropy, ref_logprob, by, entropy_coef, kl_coef, kl_estimator
+    )
+    stats |= extra_stats
+    if extra is not None:
+        loss = loss + extra
+    if unit_extra is not None:
+        unit = unit + unit_extra
     # A loss without value, entropy and KL term is the policy's own tensor: outputs share nothing.
     return loss.clone(), _stacked(stats), unit, unit_values, unit_entropy

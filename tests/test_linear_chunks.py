@@ -1,0 +1,129 @@
+"""The sweeps of `linear_*` over chunks of rows: what they hold, what they skip, what they take."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+import rlhf_fast
+from rlhf_fast.bench.memory import peak_bytes
+from rlhf_fast.kernels.linear_head import _chunks, _tiles
+from rlhf_fast.testing import assert_accurate, assert_same_bits, randn
+
+needs_cpu = pytest.mark.skipif(
+    rlhf_fast.backends()["linear_logprob"]["cpu"] is not True, reason="rlhf_fast._C is not built"
+)
+
+
+def make(n, size, vocabulary):
+    """hidden, weight and ids; logits have a standard deviation of about 1."""
+    weight = randn(vocabulary, size, seed=2) / size**0.5
+    ids = torch.randint(vocabulary, (n,), generator=torch.Generator().manual_seed(3))
+    return randn(n, size, seed=1), weight, ids
+
+
+def batch(n, vocabulary):
+    """What `linear_ppo_loss` takes behind the ids."""
+    old = randn(n, seed=4) * 0.3 - torch.log(torch.tensor(float(vocabulary)))
+    return old, randn(n, seed=5), torch.rand(n, generator=torch.Generator().manual_seed(6)) < 0.8
+
+
+@needs_cpu
+@pytest.mark.parametrize("text", ["0", "-5", "64MiB", "1.5"])
+def test_a_bad_size_of_chunks_is_named(text, monkeypatch):
+    monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", text)
+    with pytest.raises(ValueError, match="RLHF_FAST_CHUNK_BYTES: expected a positive number"):
+        rlhf_fast.linear_logprob(*make(3, 4, 10))
+
+
+@needs_cpu
+@pytest.mark.parametrize("rows", [64, 100, 1000])
+def test_chunks_hold_as_many_bytes_as_told(rows, monkeypatch):
+    """Forward, with 32 columns of hidden states: everything else is small."""
+    x, w, ids = make(1000, 32, 3000)
+    monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", str(4 * 3000 * rows))
+    small = 200 * 1000  # bytes of vectors per row
+    assert peak_bytes(lambda: rlhf_fast.linear_logprob(x, w, ids), "cpu") < 12000 * rows + small
+
+
+@needs_cpu
+def test_only_tokens_with_a_gradient_reach_the_last_products(monkeypatch):
+    """Masked tokens reach no product; clipped ones and those without advantage only the first."""
+    x, w, ids = make(50, 8, 30)
+    old, advantages, mask = batch(50, 30)
+    advantages[::3] = 0.0
+    monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", "1")
+    monkeypatch.setattr(_chunks, "MIN_ROWS", 20)
+    first, last = [], []
+    product, accumulate = _tiles.product, _tiles.accumulate
+    leaf = w.clone().requires_grad_()
+
+    def watch_product(a, *others):
+        first.append(a.shape[0])
+        return product(a, *others)
+
+    def watch_accumulate(total, a, b, *others):
+        last.append(b.shape[0])
+        accumulate(total, a, b, *others)
+
+    with (
+        mock.patch.object(_tiles, "product", watch_product),
+        mock.patch.object(_tiles, "accumulate", watch_accumulate),
+    ):
+        loss = rlhf_fast.linear_ppo_loss(x, leaf, ids, old, advantages, mask)
+    lp = rlhf_fast.linear_logprob(x, w, ids).requires_grad_()
+    rlhf_fast.policy_loss(lp, old, advantages, mask).loss.backward()
+    assert sum(first) == int(mask.sum()) and len(first) > 1
+    assert sum(last) == int((lp.grad != 0).sum()) < sum(first)
+    loss.loss.backward()
+    by_hand = w.clone().requires_grad_()
+    lp = rlhf_fast.linear_logprob(x, by_hand, ids, mask=mask)
+    rlhf_fast.policy_loss(lp, old, advantages, mask).loss.backward()
+    assert_accurate("d weight", leaf.grad, by_hand.grad.double(), by_hand.grad)
+
+
+@needs_cpu
+def test_the_size_of_a_chunk_changes_no_bit_of_invariant_rows(monkeypatch):
+    x, w, ids = make(200, 16, 300)
+    with rlhf_fast.batch_invariant():
+        whole = rlhf_fast.linear_logprob_entropy(x, w, ids)
+        monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", "1")
+        parts = rlhf_fast.linear_logprob_entropy(x, w, ids)
+    for name, a, b in zip(whole._fields, whole, parts, strict=True):
+        assert_same_bits(name, a, b)
+
+
+def _mm(a, b, out_dtype=None, out=None):
+    """torch.mm with CUDA's `out_dtype`."""
+    whole = a.to(out_dtype or a.dtype) @ b.to(out_dtype or b.dtype)
+    return whole if out is None else out.copy_(whole)
+
+
+def _addmm(total, a, b, *, out_dtype, alpha, out):
+    return out.copy_(total + alpha * (a.to(out_dtype) @ b.to(out_dtype)))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_half_precision(dtype, monkeypatch):
+    """The way of tensor cores, with their products emulated: the gradient of the logits alone is
+    rounded to half precision."""
+    x, w, ids = make(40, 16, 60)
+    monkeypatch.setattr(_tiles, "fits_tensor_cores", lambda t: t.dtype == dtype)
+    monkeypatch.setattr(torch, "mm", _mm)
+    monkeypatch.setattr(torch, "addmm", _addmm)
+    lora = randn(3, 16, seed=7).to(dtype), randn(60, 3, seed=8).to(dtype), 0.25
+
+    def run(kind):
+        leaves = [t.to(dtype).to(kind).requires_grad_() for t in (x, w)]
+        out = rlhf_fast.linear_logprob_entropy(*leaves, ids, lora=lora, logit_scale=0.5)
+        return out, torch.autograd.grad((out.logprob + out.entropy).sum(), leaves)
+
+    (ours, grads), (truth, true_grads) = run(dtype), run(torch.float64)
+    for name, a, b in zip(ours._fields, ours, truth, strict=True):
+        assert_accurate(name, a, b)
+    for a, b in zip(grads, true_grads, strict=True):
+        assert a.dtype == dtype
+        # Each of the summed terms may be off by its rounding.
+        bound = 4 * torch.finfo(dtype).eps * (b.abs() + b.abs().mean())
+        assert ((a.double() - b).abs() <= bound).all()
