@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 logger = logging.getLogger("rlhf_fast")
 
@@ -239,13 +240,43 @@ def define(
     torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=LIB)
 
 
+def _no_forward_mode(name: str, args: tuple) -> None:
+    """Raise where a tensor carries a tangent: without a formula it would be dropped silently."""
+    for x in args:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"rlhf_fast: no forward-mode derivative of {name}")
+
+
 def differentiable(
     name: str, *, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
-    """Register the autograd formula of the torch op `name`."""
-    torch.library.register_autograd(
-        f"rlhf_fast::{name}", backward, setup_context=setup_context, lib=LIB
-    )
+    """Register the autograd formula of the torch op `name`, whose schema has no default values.
+
+    `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` are those of
+    `torch.library.register_autograd`. That one looks up the default value of each argument at each
+    call, which is quadratic in their number: 0.11 of the 0.22 ms of a small `ppo_loss` with its 21.
+    """
+    op = getattr(torch.ops.rlhf_fast, name).default
+    assert not any(argument.has_default_value() for argument in op._schema.arguments), name
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*args)
+            setup_context(ctx, args, output)
+            return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(name, (torch.autograd.Function,), members)
+
+    def run(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _no_forward_mode(name, args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    LIB.impl(name, run, "Autograd")
 
 
 def once_differentiable(name: str) -> None:

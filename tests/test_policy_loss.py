@@ -366,3 +366,17 @@ def test_compiles_with_a_normalizer_on_the_device(backend):
     assert isinstance(b, rlhf_fast.Loss) and b.stats_dict() == a.stats_dict()
     (grad_a,), (grad_b,) = (torch.autograd.grad(x.loss, data["logprob"]) for x in (a, b))
     assert_same_bits("gradient", grad_a, grad_b)
+
+
+def test_transforms_raise_instead_of_dropping_a_derivative():
+    """torch.func and forward mode know no formula of these ops; a tangent of 0 would be silent."""
+    x = on("reference", batch(), "logprob")
+    leaf = x.pop("logprob").detach().nan_to_num()
+
+    def loss(logprob):
+        return rlhf_fast.policy_loss(logprob, **x).loss
+
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(loss)(leaf)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative of policy_loss"):
+        torch.func.jvp(loss, (leaf,), (torch.ones_like(leaf),))

@@ -156,7 +156,7 @@ def scaled(grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor) -> torc
     """
     if torch.is_grad_enabled() or type(grad) is not torch.Tensor:  # create_graph, or traced
         return torch.ops.rlhf_fast.scale_unit_gradient(grad, unit, source)
-    if grad.device.type == "cpu" and grad == 1:
+    if grad.device.type == "cpu" and grad.item() == 1:
         return unit
     return _scale(grad, unit, source)
 
