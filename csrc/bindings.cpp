@@ -275,10 +275,10 @@ SampleRows sample_rows(const SampleTuple& t, int threads) {
   return in;
 }
 
-// (scores, logprob, ref_logprob, values, mask, at, rewards, kl, advantages, returns) and
+// (scores, logprob, ref_logprob, values, mask, at, rewards, kl, advantages, returns, parts) and
 // (kl_coef, estimator, clamp_in, clamp_out, gamma, decay, carry, whitened, unbiased, eps) as
 // _native.py packs them.
-using AdvantagesAddresses = std::array<Address, 10>;
+using AdvantagesAddresses = std::array<Address, 11>;
 using AdvantagesOptions =
     std::tuple<float, int, float, float, float, float, bool, bool, bool, double>;
 
@@ -300,8 +300,69 @@ AdvantagesArgs advantages_args(const AdvantagesAddresses& a, const AdvantagesOpt
   args.returns = a[3] ? required<float>(a[9], "returns") : nullptr;
   std::tie(args.kl_coef, args.estimator, args.clamp_in, args.clamp_out, args.gamma, args.decay,
            args.carry, args.whitened, args.unbiased, args.eps) = options;
+  args.parts = pointer<Moments>(a[10]);
   args.rows = rows;
   args.length = length;
+  args.threads = threads;
+  return args;
+}
+
+MomentsArgs moments_args(Address x, Address mask, Address out, int64_t size, int64_t parts,
+                         int threads) {
+  check_positive(size, "size");
+  check_positive(parts, "parts");
+  check_positive(threads, "threads");
+  return {required<float>(x, "x"),
+          pointer<uint8_t>(mask),
+          required<Moments>(out, "out"),
+          size,
+          parts,
+          threads};
+}
+
+WhitenArgs whiten_args(Address x, Address mask, Address out, int64_t size, Address moments,
+                       int64_t parts, bool shift_mean, bool unbiased, double eps, int threads) {
+  check_positive(size, "size");
+  check_positive(parts, "parts");
+  check_positive(threads, "threads");
+  WhitenArgs args;
+  args.x = required<float>(x, "x");
+  args.mask = pointer<uint8_t>(mask);
+  args.out = required<float>(out, "out");
+  args.moments = required<Moments>(moments, "moments");
+  args.size = size;
+  args.parts = parts;
+  args.shift_mean = shift_mean;
+  args.unbiased = unbiased;
+  args.eps = eps;
+  args.threads = threads;
+  return args;
+}
+
+GroupArgs group_args(Address scores, Address ids, Address out, int64_t rows, int kind, double eps) {
+  check_positive(rows, "rows");
+  return {required<float>(scores, "scores"), required<int64_t>(ids, "ids"),
+          required<float>(out, "out"),       rows,
+          static_cast<GroupKind>(kind),      eps};
+}
+
+RankingLossArgs ranking_loss_args(Address scores, Address ranks, Address float_ranks, Address mask,
+                                  Address grad, Address loss, Address parts, int64_t prompts,
+                                  int64_t completions, float margin, int threads) {
+  check_positive(prompts, "prompts");
+  check_positive(completions, "completions");
+  check_positive(threads, "threads");
+  RankingLossArgs args;
+  args.scores = required<float>(scores, "scores");
+  args.ranks = pointer<int64_t>(ranks);
+  args.float_ranks = ranks ? nullptr : required<double>(float_ranks, "ranks");
+  args.mask = pointer<uint8_t>(mask);
+  args.grad = required<float>(grad, "grad");
+  args.loss = required<float>(loss, "loss");
+  args.parts = pointer<RankedPrompt>(parts);
+  args.prompts = prompts;
+  args.completions = completions;
+  args.margin = margin;
   args.threads = threads;
   return args;
 }
@@ -435,62 +496,33 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cpu::advantages(args);
   });
-  m.def("cpu_moments", [](Address x, Address mask, int64_t size, int threads) {
-    check_positive(threads, "threads");
-    Moments out = {};
-    const MomentsArgs args = {size > 0 ? required<float>(x, "x") : nullptr, pointer<uint8_t>(mask),
-                              &out, size, threads};
-    py::gil_scoped_release released;
-    if (size > 0) cpu::moments(args);
-    return std::array<double, 3>{out.count, out.mean, out.squares};
-  });
-  m.def("cpu_whiten",
-        [](Address x, Address mask, Address out, int64_t size, const std::array<double, 3>& moments,
-           bool shift_mean, bool unbiased, double eps, int threads) {
-          check_positive(size, "size");
-          check_positive(threads, "threads");
-          const Moments all = {moments[0], moments[1], moments[2]};
-          const WhitenArgs args = {required<float>(x, "x"),
-                                   pointer<uint8_t>(mask),
-                                   required<float>(out, "out"),
-                                   &all,
-                                   size,
-                                   shift_mean,
-                                   unbiased,
-                                   eps,
-                                   threads};
+  m.def("cpu_moments",
+        [](Address x, Address mask, Address out, int64_t size, int64_t parts, int threads) {
+          const auto args = moments_args(x, mask, out, size, parts, threads);
           py::gil_scoped_release released;
-          cpu::whiten(args);
+          cpu::moments(args);
         });
+  m.def("cpu_whiten", [](Address x, Address mask, Address out, int64_t size, Address moments,
+                         int64_t parts, bool shift_mean, bool unbiased, double eps, int threads) {
+    const auto args =
+        whiten_args(x, mask, out, size, moments, parts, shift_mean, unbiased, eps, threads);
+    py::gil_scoped_release released;
+    cpu::whiten(args);
+  });
   m.def("cpu_group_advantages",
-        [](Address scores, Address ids, Address out, int64_t rows, int kind, double eps) {
-          check_positive(rows, "rows");
-          const GroupArgs args = {required<float>(scores, "scores"), required<int64_t>(ids, "ids"),
-                                  required<float>(out, "out"),       rows,
-                                  static_cast<GroupKind>(kind),      eps};
+        [](Address scores, Address ids, Address out, int64_t rows, int kind, double eps, int) {
+          const auto args = group_args(scores, ids, out, rows, kind, eps);
           py::gil_scoped_release released;
           cpu::group_advantages(args);
         });
-  m.def("cpu_ranking_loss",
-        [](Address scores, Address ranks, Address float_ranks, Address mask, Address grad,
-           Address loss, int64_t prompts, int64_t completions, float margin, int threads) {
-          check_positive(prompts, "prompts");
-          check_positive(completions, "completions");
-          check_positive(threads, "threads");
-          RankingLossArgs args;
-          args.scores = required<float>(scores, "scores");
-          args.ranks = pointer<int64_t>(ranks);
-          args.float_ranks = ranks ? nullptr : required<double>(float_ranks, "ranks");
-          args.mask = pointer<uint8_t>(mask);
-          args.grad = required<float>(grad, "grad");
-          args.loss = required<float>(loss, "loss");
-          args.prompts = prompts;
-          args.completions = completions;
-          args.margin = margin;
-          args.threads = threads;
-          py::gil_scoped_release released;
-          cpu::ranking_loss(args);
-        });
+  m.def("cpu_ranking_loss", [](Address scores, Address ranks, Address float_ranks, Address mask,
+                               Address grad, Address loss, Address parts, int64_t prompts,
+                               int64_t completions, float margin, int threads) {
+    const auto args = ranking_loss_args(scores, ranks, float_ranks, mask, grad, loss, parts,
+                                        prompts, completions, margin, threads);
+    py::gil_scoped_release released;
+    cpu::ranking_loss(args);
+  });
 
 #if RLHF_WITH_CUDA
   m.def("cuda_logprob", [](const RowsTuple& rows, int device, Address stream, Address logprob,
@@ -545,6 +577,40 @@ PYBIND11_MODULE(_C, m) {
     const auto args = kl_backward_args(rows, ref, 1, in, out);
     py::gil_scoped_release released;
     cuda::kl_backward(args, device, pointer<void>(stream));
+  });
+  m.def("cuda_advantages",
+        [](const AdvantagesAddresses& addresses, const AdvantagesOptions& options, int64_t rows,
+           int64_t length, int device, Address stream) {
+          const auto args = advantages_args(addresses, options, rows, length, 1);
+          py::gil_scoped_release released;
+          cuda::advantages(args, device, pointer<void>(stream));
+        });
+  m.def("cuda_moments", [](Address x, Address mask, Address out, int64_t size, int64_t parts,
+                           int device, Address stream) {
+    const auto args = moments_args(x, mask, out, size, parts, 1);
+    py::gil_scoped_release released;
+    cuda::moments(args, device, pointer<void>(stream));
+  });
+  m.def("cuda_whiten", [](Address x, Address mask, Address out, int64_t size, Address moments,
+                          int64_t parts, bool shift_mean, bool unbiased, double eps, int device,
+                          Address stream) {
+    const auto args = whiten_args(x, mask, out, size, moments, parts, shift_mean, unbiased, eps, 1);
+    py::gil_scoped_release released;
+    cuda::whiten(args, device, pointer<void>(stream));
+  });
+  m.def("cuda_group_advantages", [](Address scores, Address ids, Address out, int64_t rows,
+                                    int kind, double eps, int device, Address stream) {
+    const auto args = group_args(scores, ids, out, rows, kind, eps);
+    py::gil_scoped_release released;
+    cuda::group_advantages(args, device, pointer<void>(stream));
+  });
+  m.def("cuda_ranking_loss", [](Address scores, Address ranks, Address float_ranks, Address mask,
+                                Address grad, Address loss, Address parts, int64_t prompts,
+                                int64_t completions, float margin, int device, Address stream) {
+    const auto args = ranking_loss_args(scores, ranks, float_ranks, mask, grad, loss, parts,
+                                        prompts, completions, margin, 1);
+    py::gil_scoped_release released;
+    cuda::ranking_loss(args, device, pointer<void>(stream));
   });
 #endif
 }

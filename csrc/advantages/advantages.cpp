@@ -193,7 +193,7 @@ void advantages(const AdvantagesArgs& args) {
   });
   if (!whitened) return;
   const Moments all = merged(parts);
-  whiten({args.advantages, args.mask, args.advantages, &all, args.rows * args.length, true,
+  whiten({args.advantages, args.mask, args.advantages, &all, args.rows * args.length, 1, true,
           args.unbiased, args.eps, args.threads});
 }
 

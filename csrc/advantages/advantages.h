@@ -7,6 +7,11 @@
 
 namespace rlhf {
 
+// Count, mean and sum of squared deviations of the numbers that count.
+struct Moments {
+  double count, mean, squares;
+};
+
 struct AdvantagesArgs {
   const float* scores;                 // [rows]
   const float *logprob, *ref_logprob;  // [rows, length], as all that follows
@@ -22,28 +27,24 @@ struct AdvantagesArgs {
   float gamma, decay;         // decay = gamma lambda
   bool carry, whitened, unbiased;
   double eps;
-  int threads;  // CPU
-};
-
-// Count, mean and sum of squared deviations of the numbers that count.
-struct Moments {
-  double count, mean, squares;
+  Moments* parts;  // [rows], where whitened; CUDA
+  int threads;     // CPU
 };
 
 struct MomentsArgs {
   const float* x;       // [size]
   const uint8_t* mask;  // [size] or null
-  Moments* out;
-  int64_t size;
-  int threads;  // CPU
+  Moments* out;         // [parts]
+  int64_t size, parts;  // one part on the CPU
+  int threads;          // CPU
 };
 
 struct WhitenArgs {
-  const float* x;       // [size]
-  const uint8_t* mask;  // [size] or null
-  float* out;           // [size], may be x
-  const Moments* moments;
-  int64_t size;
+  const float* x;          // [size]
+  const uint8_t* mask;     // [size] or null
+  float* out;              // [size], may be x
+  const Moments* moments;  // [parts]
+  int64_t size, parts;     // one part on the CPU
   bool shift_mean, unbiased;
   double eps;
   int threads;  // CPU
@@ -59,6 +60,13 @@ struct GroupArgs {
   GroupKind kind;
   double eps;
 };
+
+namespace cuda {
+void advantages(const AdvantagesArgs& args, int device, void* stream);
+void moments(const MomentsArgs& args, int device, void* stream);
+void whiten(const WhitenArgs& args, int device, void* stream);
+void group_advantages(const GroupArgs& args, int device, void* stream);
+}  // namespace cuda
 
 }  // namespace rlhf
 

@@ -9,6 +9,12 @@
 
 namespace rlhf {
 
+// The mean loss of a prompt's pairs, and their number.
+struct RankedPrompt {
+  float loss;
+  int32_t pairs;
+};
+
 struct RankingLossArgs {
   const float* scores;        // [prompts, completions], as all that follows
   const int64_t* ranks;       // or null:
@@ -16,10 +22,15 @@ struct RankingLossArgs {
   const uint8_t* mask;        // null: all completions are there
   float* grad;                // gradient for an upstream gradient of 1
   float* loss;                // [1]
+  RankedPrompt* parts;        // [prompts]; CUDA
   int64_t prompts, completions;
   float margin;
   int threads;  // CPU
 };
+
+namespace cuda {
+void ranking_loss(const RankingLossArgs& args, int device, void* stream);
+}
 
 }  // namespace rlhf
 

@@ -1,4 +1,4 @@
-"""Calls of the native kernels of rewards, advantages and whitening, for tensors on the CPU.
+"""Calls of the native kernels of rewards, advantages and whitening, on the CPU and on CUDA devices.
 
 What is passed on is float32 (the table of implementations sends float64 elsewhere), dense and not
 empty.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_fast import _C
-from rlhf_fast.kernels._common.native import ESTIMATORS, address
+from rlhf_fast.kernels._common.native import ESTIMATORS, address, kernel, place
 
-from .reference import moments_of_group
+from .reference import merge_moments, moments_of_group
 
 GROUP_KINDS = {"grpo": 0, "dr_grpo": 1, "rloo": 2}
+# On CUDA a block has the moments of every so many-th 2048 numbers; each block reads all parts.
+_PART, _MOST_PARTS = 2048, 512
 
 
 def _bound(clamp: float | None) -> float:
@@ -23,11 +24,14 @@ def _bound(clamp: float | None) -> float:
 def _launch(scores, logprob, ref_logprob, values, mask, at, penalty, options, outputs):
     kl_coef, estimator, clamp_in, clamp_out = penalty
     if logprob.numel():
-        tensors = (scores, logprob, ref_logprob, values, mask, at, *outputs)
-        _C.cpu_advantages(
+        parts = None
+        if logprob.is_cuda and options[3]:  # whitened
+            parts = logprob.new_empty((logprob.shape[0], 3), dtype=torch.float64)
+        tensors = (scores, logprob, ref_logprob, values, mask, at, *outputs, parts)
+        kernel("advantages", logprob)(
             [*map(address, tensors)],
             (kl_coef, ESTIMATORS[estimator], _bound(clamp_in), _bound(clamp_out), *options),
-            *logprob.shape, torch.get_num_threads(),
+            *logprob.shape, *place(logprob),
         )  # fmt: skip
 
 
@@ -87,15 +91,18 @@ def whiten(
     group: str,
 ) -> torch.Tensor:
     """(x - mean) rsqrt(var + eps), plus the mean without `shift_mean`; 0 where masked."""
-    threads = torch.get_num_threads()
-    moments = _C.cpu_moments(x.data_ptr(), address(mask), x.numel(), threads)
+    size = x.numel()
+    count = min(-(-size // _PART), _MOST_PARTS) if x.is_cuda else 1
+    parts = (torch.empty if size else torch.zeros)((count, 3), dtype=torch.float64, device=x.device)
+    if size:
+        kernel("moments", x)(x.data_ptr(), address(mask), parts.data_ptr(), size, count, *place(x))
     if group:  # every rank calls, one without a token too
-        moments = moments_of_group(torch.tensor(moments, dtype=torch.float64), group).tolist()
+        parts = moments_of_group(merge_moments(parts), group).unsqueeze(0)
     out = torch.empty_like(x)
-    if x.numel():
-        _C.cpu_whiten(
-            x.data_ptr(), address(mask), out.data_ptr(), x.numel(), moments, shift_mean, unbiased,
-            eps, threads,
+    if size:
+        kernel("whiten", x)(
+            x.data_ptr(), address(mask), out.data_ptr(), size, parts.data_ptr(), parts.shape[0],
+            shift_mean, unbiased, eps, *place(x),
         )  # fmt: skip
     return out
 
@@ -106,8 +113,8 @@ def group_advantages(
     """Advantages [B]; 0 in a group of one."""
     out = torch.empty_like(scores)
     if scores.numel():
-        _C.cpu_group_advantages(
+        kernel("group_advantages", scores)(
             scores.data_ptr(), group_ids.data_ptr(), out.data_ptr(), scores.numel(),
-            GROUP_KINDS[kind], eps,
+            GROUP_KINDS[kind], eps, *place(scores),
         )  # fmt: skip
     return out

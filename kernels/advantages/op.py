@@ -10,9 +10,8 @@ from rlhf_fast import _args, _dispatch
 from rlhf_fast.kernels.kl.op import ESTIMATORS, clamp_bounds
 from rlhf_fast.kernels.ppo_loss._checks import common_dtype
 
-_NOT_YET = "only the CPU has a native kernel so far"
 for _op in ("shaped_rewards", "whiten", "ppo_advantages", "group_advantages"):
-    _dispatch.implementations(_op, __package__, cuda=_NOT_YET)
+    _dispatch.implementations(_op, __package__)
 
 GROUP_KINDS = ("grpo", "dr_grpo", "rloo")
 _PENALTY = "float kl_coef, str estimator, float? clamp_in, float? clamp_out"

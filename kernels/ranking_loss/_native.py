@@ -1,4 +1,4 @@
-"""Calls of the native ranking loss, for tensors on the CPU.
+"""Calls of the native ranking loss, for tensors on the CPU and on CUDA devices.
 
 This file alone turns tensors of this op into addresses; the scores that it passes on are float32
 (the table of implementations sends float64 elsewhere), all is dense and not empty.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_fast import _C
+from rlhf_fast.kernels._common.native import address, kernel, place
 
 
 def ranking_loss(
@@ -22,8 +22,10 @@ def ranking_loss(
     exact = torch.float64 if ranks.is_floating_point() else torch.int64
     ranks = ranks.to(exact)
     addresses = (0, ranks.data_ptr()) if ranks.is_floating_point() else (ranks.data_ptr(), 0)
-    _C.cpu_ranking_loss(
-        scores.data_ptr(), *addresses, 0 if mask is None else mask.data_ptr(), grad.data_ptr(),
-        loss.data_ptr(), *scores.shape, margin, torch.get_num_threads(),
+    # A float32 and an int32 of each prompt, between two launches.
+    parts = scores.new_empty((scores.shape[0], 2)) if scores.is_cuda else None
+    kernel("ranking_loss", scores)(
+        scores.data_ptr(), *addresses, address(mask), grad.data_ptr(), loss.data_ptr(),
+        address(parts), *scores.shape, margin, *place(scores),
     )  # fmt: skip
     return loss, grad

@@ -1,0 +1,308 @@
+// Rewards, advantages and whitening on CUDA: one block per row, chunks of tokens from its end.
+//
+// A row's rewards, its scans (gae/scan.cuh) and its moments are made while a chunk is in shared
+// memory. Whitening needs the moments of all rows and blocks of one launch cannot wait for each
+// other: the second launch merges all parts in every block, in the same order.
+#define RLHF_ISA cuda
+#include "advantages/advantages.h"
+#include "gae/scan.cuh"
+#include "ppo_loss/formulas.h"
+
+namespace rlhf::cuda {
+namespace {
+
+constexpr int kThreads = 256;   // of whitening
+constexpr int kBlocks = 512;    // of a whitening launch at most, each of which reads all parts
+constexpr int kPart = 2048;     // tokens that a block has in its registers
+constexpr int kGroupWarps = 4;  // responses of a block
+
+// ------------------------------------------------------------------- moments
+
+// As block_sum of device.cuh.
+RLHF_HD double block_total(double x, double* shared) {
+  for (int d = 16; d > 0; d /= 2) x += __shfl_down_sync(~0u, x, d);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = shared[0];
+  for (int warp = 1; warp < blockDim.x / 32; ++warp) x += shared[warp];
+  return x;
+}
+
+// Of the block's numbers, n per thread, where bit i of `live` is set. The corrected two-pass
+// algorithm of Chan, Golub and LeVeque, 1983: deviations are those from a rounded mean, and what
+// its rounding adds is count rest^2.
+template <int n>
+RLHF_HD Moments block_moments(const float (&x)[n], uint32_t live, float* shared) {
+  float sum = 0.0f, deviations = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < n; ++i) sum += live >> i & 1u ? x[i] : 0.0f;
+  const float count = block_sum(static_cast<float>(__popc(live)), shared);
+  const float divisor = max(1.0f, count);
+  const float mean = block_sum(sum, shared) / divisor;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const float d = live >> i & 1u ? x[i] - mean : 0.0f;
+    deviations += d;
+    squares += d * d;
+  }
+  const double rest = static_cast<double>(block_sum(deviations, shared)) / divisor;
+  const double total = block_sum(squares, shared);
+  return {count, mean + rest, fmax(total - count * rest * rest, 0.0)};
+}
+
+// Of both (Chan, Golub and LeVeque, 1979).
+RLHF_HD Moments merged(const Moments& a, const Moments& b) {
+  const double count = a.count + b.count, gap = b.mean - a.mean;
+  const double share = count > 0.0 ? b.count / count : 0.0;
+  return {count, a.mean + gap * share, a.squares + b.squares + gap * gap * a.count * share};
+}
+
+// Of all parts; every block gets the same bits.
+RLHF_HD Moments merged(const Moments* parts, int64_t n, double* shared) {
+  double count = 0.0, sum = 0.0, squares = 0.0;
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    count += parts[i].count;
+    sum += parts[i].count * parts[i].mean;
+  }
+  count = block_total(count, shared);
+  const double mean = block_total(sum, shared) / fmax(count, 1.0);
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    const double shift = parts[i].mean - mean;
+    if (parts[i].count > 0.0) squares += parts[i].squares + parts[i].count * shift * shift;
+  }
+  return {count, mean, block_total(squares, shared)};
+}
+
+__global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs args) {
+  constexpr int kOwn = kPart / kThreads;
+  __shared__ float shared[32];
+  Moments all = {};
+  for (int64_t first = blockIdx.x * int64_t{kPart}; first < args.size;
+       first += gridDim.x * int64_t{kPart}) {
+    float x[kOwn];
+    uint32_t live = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int64_t k = first + i * kThreads + threadIdx.x;
+      const bool counts = k < args.size && (!args.mask || args.mask[k]);
+      x[i] = counts ? args.x[k] : 0.0f;
+      live |= static_cast<uint32_t>(counts) << i;
+    }
+    all = merged(all, block_moments(x, live, shared));
+  }
+  if (threadIdx.x == 0) args.out[blockIdx.x] = all;
+}
+
+__global__ void __launch_bounds__(kThreads) whiten_kernel(WhitenArgs args) {
+  __shared__ double shared[32];
+  const Moments m = merged(args.moments, args.parts, shared);
+  const double degrees = args.unbiased ? m.count - 1.0 : m.count;
+  const bool some = m.count > 1.0;
+  const double scale = some ? 1.0 / sqrt(m.squares / degrees + args.eps) : 0.0;
+  // Infinite without spread and eps: every deviation is 0, and stays it.
+  const float factor = scale == HUGE_VAL ? 0.0f : static_cast<float>(scale);
+  // A mean has more digits than one float.
+  const float mean = static_cast<float>(m.mean), rest = static_cast<float>(m.mean - mean);
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < args.size;
+       i += gridDim.x * int64_t{kThreads}) {
+    const bool live = !args.mask || args.mask[i];
+    float y = live && some ? (args.x[i] - mean - rest) * factor : 0.0f;
+    if (!args.shift_mean) y = mean + (y + rest);
+    args.out[i] = live ? y : 0.0f;
+  }
+}
+
+// ------------------------------------------------------------------- rewards and advantages
+
+// The column of the last token that counts in the chunk [first, first + size) of a row, or -1.
+RLHF_HD int64_t last_live(const uint8_t* mask, int64_t first, int size, float* shared) {
+  float last = -1.0f;  // exact: a chunk is short
+  for (int k = threadIdx.x; k < size; k += blockDim.x)
+    if (mask[first + k]) last = static_cast<float>(k);
+  last = block_max(last, shared);
+  return last < 0.0f ? -1 : first + static_cast<int64_t>(last);
+}
+
+template <int THREADS, bool ADVANTAGES>
+__global__ void __launch_bounds__(THREADS) advantages_kernel(AdvantagesArgs args) {
+  constexpr int kChunk = Chunk<THREADS>::kTokens;
+  __shared__ Chunk<THREADS> chunk;
+  __shared__ float shared[32];
+  const int64_t row = blockIdx.x, begin = row * args.length;
+  const uint8_t* const mask = args.mask ? args.mask + begin : nullptr;
+  const float score = args.scores[row];
+  int64_t column = args.at ? args.at[row] : mask ? -1 : args.length - 1;  // of the score
+  Behind behind = {0.0f, 0.0f, 0.0f};
+  Moments moments = {};
+
+  for (int64_t step = (args.length + kChunk - 1) / kChunk - 1; step >= 0; --step) {
+    const int64_t first = step * kChunk;
+    const int inside = static_cast<int>(::min(int64_t{kChunk}, args.length - first));
+    if (!args.at && column < 0) column = last_live(mask, first, inside, shared);
+    for (int k = threadIdx.x; k < kChunk; k += THREADS) {
+      const bool in = k < inside, live = in && (!mask || mask[first + k]);
+      const int64_t i = begin + first + k;
+      float kl = 0.0f, reward = 0.0f;
+      if (live) {
+        const float d = difference(args.logprob[i], args.ref_logprob[i]);
+        kl = kl_estimate(clamp(d, -args.clamp_in, args.clamp_in),
+                         static_cast<KlEstimator>(args.estimator))
+                 .value;
+        kl = clamp(kl, -args.clamp_out, args.clamp_out);
+        // A coefficient of 0 ignores an infinite penalty.
+        reward = args.kl_coef == 0.0f ? 0.0f : kl * -args.kl_coef;
+        if (first + k == column) reward += score;
+      }
+      if (in) args.kl[i] = kl, args.rewards[i] = reward;
+      if constexpr (ADVANTAGES) {
+        chunk.rewards[place(k)] = reward;
+        chunk.values[place(k)] = live ? args.values[i] : 0.0f;
+        chunk.flags[place(k)] = (live ? kLive : 0) | (in && (live || !args.carry) ? kWalked : 0);
+      }
+    }
+    if constexpr (ADVANTAGES) {
+      walk(chunk, behind, args.gamma, args.decay, args.decay, false);
+      float x[kItems];
+      uint32_t live = 0;
+#pragma unroll
+      for (int n = 0; n < kItems; ++n) {
+        const int k = n * THREADS + threadIdx.x;
+        x[n] = chunk.rewards[place(k)];
+        live |= static_cast<uint32_t>((chunk.flags[place(k)] & kLive) != 0) << n;
+        if (k < inside) {
+          args.advantages[begin + first + k] = x[n];
+          args.returns[begin + first + k] = chunk.values[place(k)];
+        }
+      }
+      if (args.whitened) moments = merged(moments, block_moments(x, live, shared));
+      __syncthreads();  // before the next chunk is staged
+    }
+  }
+  if (ADVANTAGES && args.whitened && threadIdx.x == 0) args.parts[row] = moments;
+}
+
+// ------------------------------------------------------------------- groups
+
+// Every lane gets the result.
+template <class T, class Combine>
+RLHF_HD T warp_reduce(T x, Combine combine) {
+  for (int d = 16; d > 0; d /= 2) x = combine(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
+
+// In units of 2^-40: 2^23 of them are exact in 64 bits, in any order. Not finite counts as 0.
+RLHF_HD int64_t units(float ratio) {
+  return fabsf(ratio) <= 1.0f ? static_cast<int64_t>(ratio * 0x1p40f) : 0;
+}
+
+RLHF_HD float from_units(int64_t n) { return static_cast<float>(n) * 0x1p-40f; }
+
+// A warp takes a response and looks at all of them, three times, for those of its group. Float sums
+// would depend on their order, and so on who stands between a group's members: deviations are added
+// as integers, in units of the group's spread.
+__global__ void __launch_bounds__(32 * kGroupWarps) group_kernel(GroupArgs args) {
+  const int64_t row = blockIdx.x * int64_t{kGroupWarps} + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= args.rows) return;
+  const int64_t id = args.ids[row];
+  const auto add = [](auto a, auto b) { return a + b; };
+  int count = 0, broken = 0;
+  float top = -kInfinity, bottom = kInfinity;
+  for (int64_t j = lane; j < args.rows; j += 32) {
+    if (args.ids[j] != id) continue;
+    const float score = args.scores[j];
+    ++count;
+    broken += score != score;
+    top = fmaxf(top, score);  // passes NaN over
+    bottom = fminf(bottom, score);
+  }
+  count = warp_reduce(count, add);
+  broken = warp_reduce(broken, add);
+  top = warp_reduce(top, [](float a, float b) { return fmaxf(a, b); });
+  bottom = warp_reduce(bottom, [](float a, float b) { return fminf(a, b); });
+  const float n = static_cast<float>(count), others = max(1.0f, n - 1.0f);
+  const float spread = top - bottom, reach = spread > 0.0f ? spread : 1.0f;
+
+  int64_t total = 0;
+  for (int64_t j = lane; j < args.rows; j += 32)
+    if (args.ids[j] == id) total += units((args.scores[j] - bottom) / reach);
+  // The mean is bottom + rest: a common offset of the scores costs no digits.
+  float rest = from_units(warp_reduce(total, add)) * spread / n;
+  if (broken || spread == kInfinity) rest = NAN;
+  const float deviation = args.scores[row] - bottom - rest;
+  float out = deviation;
+  if (args.kind == GroupKind::rloo) out = deviation * (n / others);
+  if (args.kind == GroupKind::grpo) {
+    total = 0;
+    for (int64_t j = lane; j < args.rows; j += 32) {
+      if (args.ids[j] != id) continue;
+      const float ratio = (args.scores[j] - bottom - rest) / reach;
+      total += units(ratio * ratio);
+    }
+    const float variance = from_units(warp_reduce(total, add)) / others;
+    out = deviation / (spread * sqrtf(variance) + static_cast<float>(args.eps));
+  }
+  // Equal scores with eps = 0 would give 0 / 0.
+  if (lane == 0) args.out[row] = count > 1 && deviation != 0.0f ? out : 0.0f;
+}
+
+std::string size_of(const char* op, int64_t rows, int64_t length) {
+  return std::string(op) + ": rows " + std::to_string(rows) + ", length " + std::to_string(length);
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------- host
+
+void moments(const MomentsArgs& args, int device, void* stream) {
+  DeviceGuard guard(device);
+  const auto blocks = static_cast<unsigned>(args.parts);
+  moments_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  check_launch("whiten: size " + std::to_string(args.size));
+}
+
+void whiten(const WhitenArgs& args, int device, void* stream) {
+  DeviceGuard guard(device);
+  const int64_t blocks = ::min(int64_t{kBlocks}, (args.size + kPart - 1) / kPart);
+  whiten_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      args);
+  check_launch("whiten: size " + std::to_string(args.size));
+}
+
+void advantages(const AdvantagesArgs& args, int device, void* stream) {
+  const std::string what = size_of("advantages", args.rows, args.length);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const unsigned grid = grid_of(args.rows, what);
+  DeviceGuard guard(device);
+  // By the length of a row alone.
+  const bool is_short = args.length <= 64 * kItems;
+  if (!args.values)
+    advantages_kernel<256, false><<<grid, 256, 0, queue>>>(args);
+  else if (is_short)
+    advantages_kernel<64, true><<<grid, 64, 0, queue>>>(args);
+  else
+    advantages_kernel<256, true><<<grid, 256, 0, queue>>>(args);
+  check_launch(what);
+  if (!args.values || !args.whitened) return;
+  WhitenArgs all = {};
+  all.x = all.out = args.advantages;
+  all.mask = args.mask;
+  all.moments = args.parts;
+  all.parts = args.rows;
+  all.size = args.rows * args.length;
+  all.shift_mean = true;
+  all.unbiased = args.unbiased;
+  all.eps = args.eps;
+  whiten(all, device, stream);
+}
+
+void group_advantages(const GroupArgs& args, int device, void* stream) {
+  const std::string what = "group_advantages: rows " + std::to_string(args.rows);
+  DeviceGuard guard(device);
+  const unsigned grid = grid_of((args.rows + kGroupWarps - 1) / kGroupWarps, what);
+  group_kernel<<<grid, 32 * kGroupWarps, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  check_launch(what);
+}
+
+}  // namespace rlhf::cuda
