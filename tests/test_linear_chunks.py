@@ -8,7 +8,7 @@ import torch
 import rlhf_fast
 from rlhf_fast.bench.memory import peak_bytes
 from rlhf_fast.kernels.linear_head import _chunks, _tiles
-from rlhf_fast.testing import assert_accurate, assert_same_bits, randn
+from rlhf_fast.testing import assert_accurate, assert_same_bits, poisoned_memory, randn
 
 needs_cpu = pytest.mark.skipif(
     rlhf_fast.backends()["linear_logprob"]["cpu"] is not True, reason="rlhf_fast._C is not built"
@@ -83,6 +83,24 @@ def test_only_tokens_with_a_gradient_reach_the_last_products(monkeypatch):
 
 
 @needs_cpu
+def test_chunks_without_a_gradient(monkeypatch):
+    """The memory of the gradient is not zeroed: its first chunk has to overwrite all of it."""
+    x, w, ids = make(50, 8, 30)
+    old, advantages, _ = batch(50, 30)
+    monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", "1")
+    monkeypatch.setattr(_chunks, "MIN_ROWS", 20)
+    for first in (30, 50):
+        advantages[:first] = 0.0
+        leaf = w.clone().requires_grad_()
+        with poisoned_memory():
+            rlhf_fast.linear_ppo_loss(x, leaf, ids, old, advantages, None).loss.backward()
+        by_hand = w.clone().requires_grad_()
+        lp = rlhf_fast.linear_logprob(x, by_hand, ids)
+        rlhf_fast.policy_loss(lp, old, advantages, None).loss.backward()
+        assert_accurate("d weight", leaf.grad, by_hand.grad.double(), by_hand.grad)
+
+
+@needs_cpu
 def test_the_size_of_a_chunk_changes_no_bit_of_invariant_rows(monkeypatch):
     x, w, ids = make(200, 16, 300)
     with rlhf_fast.batch_invariant():
@@ -99,8 +117,9 @@ def _mm(a, b, out_dtype=None, out=None):
     return whole if out is None else out.copy_(whole)
 
 
-def _addmm(total, a, b, *, out_dtype, alpha, out):
-    return out.copy_(total + alpha * (a.to(out_dtype) @ b.to(out_dtype)))
+def _addmm(total, a, b, *, out_dtype, alpha, beta, out):
+    product = alpha * (a.to(out_dtype) @ b.to(out_dtype))
+    return out.copy_(total + product if beta else product)
 
 
 @needs_cpu

@@ -31,6 +31,9 @@ from .reference_ppo import Sweeps, policy_loss_of_head
 _DEFAULT = {"cpu": 2**26, "cuda": 2**30}
 # Fewer rows than this make slow products, however large the vocabulary.
 MIN_ROWS = 64
+# Gathering a logit's gradient takes 0.46 ns, its two products with 512 columns 4.9 ns: rows are
+# left out where they are more than an eighth.
+_WORTH_GATHERING = 7 / 8
 # Ids that count are never negative, and those that do not are under the mask.
 _NO_INDEX = -1
 # Where `group` stands among the arguments of the log-prob ops.
@@ -207,7 +210,7 @@ class LinearHead:
         """(logprob [N], entropy [N], gradients of the head), each chunk's logits computed once.
 
         On the CPU, rows whose gradient turns out to be 0 (clipped, or without an advantage) take
-        no part in the products of the gradient.
+        no part in the products of the gradient, unless they are too few.
         """
         _divide(rows, head.weight.shape[0])
         logits = _Logits(rows, head, local.clamp(min=0))
@@ -228,6 +231,8 @@ class LinearHead:
             # With an entropy term every token that counts has a gradient.
             if h is None and not rows.invariant and g.device.type == "cpu" and not g.all():
                 kept = g.nonzero().squeeze(-1)
+                if len(kept) > _WORTH_GATHERING * len(g):
+                    kept = None
             logits.carry(gradients, z, block, kept)
         return rows.whole(logprob), rows.whole(entropy), gradients.finish(lambda x: x)
 

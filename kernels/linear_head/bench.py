@@ -1,5 +1,8 @@
 """Benchmark cases of the ops that go from hidden states to log-probs without the logits."""
 
+import dataclasses
+import functools
+
 import torch
 
 import rlhf_fast
@@ -25,18 +28,20 @@ def _make_kl(dtype, N, H, V):
     }
 
 
-def _make_loss(dtype, N, H, V):
+def _make_loss(dtype, N, H, V, only=""):
+    """With `only` "mask" or "advantages" that is non-zero at two tokens of five, all else full."""
     batch = inputs.policy_batch(1, N)
     made = _make(dtype, N, H, V)
     logits = (made["hidden"][:, None] * made["weight"][made["ids"]][:, None]).float().sum(-1)[:, 0]
     # log V is close to the log-sum-exp of these logits, so the ratios lie around 1.
     old = logits - torch.log(torch.tensor(float(V))) - 0.5 + inputs.normal(N, seed=4, scale=0.1)
-    return {
-        **made,
-        "old_logprob": old,
-        "advantages": batch["advantages"][0],
-        "mask": batch["mask"][0],
-    }
+    advantages, mask = batch["advantages"][0], batch["mask"][0]
+    some = torch.arange(N) % 5 < 2
+    if only:
+        mask = some if only == "mask" else torch.ones_like(mask)
+    if only == "advantages":
+        advantages = advantages * some
+    return {**made, "old_logprob": old, "advantages": advantages, "mask": mask}
 
 
 def _logits(hidden, weight):
@@ -84,6 +89,19 @@ _OPS = {
 }
 
 
+def _active(only: str, part: int, label: str) -> Case:
+    """`linear_ppo_loss` with `part` fifths of the tokens in the products of the gradient."""
+    n, h, v = (shapes.HEAD[name] for name in "NHV")
+    first = part if only == "mask" else 5
+    return dataclasses.replace(
+        _linear("linear_ppo_loss", shapes.HEAD, devices=("cpu",)),
+        make=functools.partial(_make_loss, only=only),
+        label=label,
+        flops=2 * n * h * v * (first + 2 * part) // 5,
+        note="",
+    )
+
+
 def _linear(op, sizes, dtype=torch.float32, **options) -> Case:
     n, h, v = sizes["N"], sizes["H"], sizes["V"]
     make, ours, plain, heads = _OPS[op]
@@ -112,6 +130,9 @@ CASES = [
         _linear(op, shapes.HEAD, devices=("cpu",))
         for op in ("linear_logprob_entropy", "linear_ppo_loss")
     ),
+    _active("all", 5, "all tokens"),
+    _active("mask", 2, "40 % of the mask"),
+    _active("advantages", 2, "40 % of the advantages"),
     *(_linear(op, shapes.HEAD_SHORT, devices=("cpu",)) for op in ("linear_logprob", "linear_kl")),
     *(_linear(op, shapes.HEAD_GPU, torch.bfloat16, devices=("cuda",)) for op in _OPS),
     *(_linear(op, shapes.HEAD_QUICK, quick=True) for op in _OPS),
