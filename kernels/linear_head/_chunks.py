@@ -210,7 +210,7 @@ class LinearHead:
         """(logprob [N], entropy [N], gradients of the head), each chunk's logits computed once.
 
         On the CPU, rows whose gradient turns out to be 0 (clipped, or without an advantage) take
-        no part in the products of the gradient, unless they are too few.
+        no part in the products of the gradient where they are more than an eighth.
         """
         _divide(rows, head.weight.shape[0])
         logits = _Logits(rows, head, local.clamp(min=0))
