@@ -251,3 +251,23 @@ def test_row_seeds_differ_and_are_pinned():
     assert row_seed(-1, 2, 3) == row_seed((1 << 64) - 1, 2, 3)
     assert _mix(0) == 0xE220A8397B1DCDAF  # the first number of SplitMix64 from state 0
     assert row_seed(0, 0, 0) == 2558736989570252433
+
+
+@pytest.mark.parametrize("max_slots", [3, 4, 64])
+def test_samples_of_a_prompt_share_its_forward(model, max_slots):
+    """Samples that start together compute their prompt once, and draw what they draw alone."""
+    fed = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: fed.append(inputs[0].shape)
+    )
+    options = {"max_new_tokens": 5, "seed": 3}
+    try:
+        out = rlhf_fast.generate(model, PROMPTS, n=4, max_slots=max_slots, **options)
+    finally:
+        hook.remove()
+    if max_slots >= 4:  # four responses of equal length end together: no decode step has one row
+        prefilled = sum(columns for rows, columns in fed if rows == 1)
+        assert prefilled == sum(map(len, PROMPTS))
+    alone = rlhf_fast.generate(model, PROMPTS, n=4, max_slots=1, **options)
+    assert torch.equal(out.ids, alone.ids)
+    assert (out.logprob - alone.logprob).abs().max() < 2e-5

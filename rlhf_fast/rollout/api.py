@@ -79,7 +79,8 @@ class Rollout:
         The tokens are those of the model in evaluation mode with its weights as they are now; the
         mode of the module, its attention setting and everything else are put back, after an error
         too. The model's `generation_config` is not read. Prompts are not padded: each response is
-        computed in a slot of its own, and a finished slot is refilled with the next prompt.
+        computed in a slot of its own, and a finished slot is refilled with the next prompt. The
+        samples of one prompt that start together share the forward over it.
 
         Row p*n + j draws with `rollout.prompts.row_seed(seed, p, j)` and the index of the token in
         its response, so that it depends neither on the other rows nor on the slot it ran in, beyond
@@ -121,8 +122,7 @@ class Rollout:
         self._check_lengths(given, max_new_tokens)
         seeds = [row_seed(seed, p, j) for p in range(len(given)) for j in range(n)]
         with models.evaluation(self.model):
-            repeated = [prompt for prompt in given for _ in range(n)]
-            out = self._run(repeated, seeds, eos, max_new_tokens, sampling, logprobs, progress)
+            out = self._run(given, n, seeds, eos, max_new_tokens, sampling, logprobs, progress)
         out.seconds = time.perf_counter() - start
         out.tokens_per_second = int(out.lengths.sum()) / out.seconds
         return out
@@ -143,6 +143,7 @@ class Rollout:
     def _run(
         self,
         prompts: list[torch.Tensor],
+        n: int,
         seeds: list[int],
         eos: torch.Tensor,
         max_new_tokens: int,
@@ -155,11 +156,11 @@ class Rollout:
         from rlhf_fast.rollout.rescore import rescore
         from rlhf_fast.rollout.slots import ATTENTION
 
-        prompt_ids, prompt_mask = pad_left(prompts, eos.device)
-        with models.attention(self.model, ATTENTION), _bar(len(prompts), progress) as advance:
+        prompt_ids, prompt_mask = (x.repeat_interleave(n, 0) for x in pad_left(prompts, eos.device))
+        with models.attention(self.model, ATTENTION), _bar(len(seeds), progress) as advance:
             loop = Loop(
                 self.model, prompts, torch.tensor(seeds, dtype=torch.int64, device=eos.device), eos,
-                slots=self.max_slots, max_new_tokens=max_new_tokens, sampling=sampling,
+                n=n, slots=self.max_slots, max_new_tokens=max_new_tokens, sampling=sampling,
                 on_finish=advance,
             )  # fmt: skip
             loop.run()

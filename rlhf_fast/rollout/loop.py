@@ -17,7 +17,7 @@ _PREFILL_TOKENS = 16384
 
 
 class Loop:
-    """One call of `generate`: `prompts[i]` is continued into row i of the outputs.
+    """One call of `generate`: rows p*n .. p*n+n-1 of the outputs continue `prompts[p]`.
 
     State of the live slots 0 .. live-1, each a `[slots]` int64 tensor on the model's device:
 
@@ -34,13 +34,15 @@ class Loop:
         seeds: torch.Tensor,
         eos_ids: torch.Tensor,
         *,
+        n: int,
         slots: int,
         max_new_tokens: int,
         sampling: dict[str, float],
         on_finish: Callable[[int], object],
     ):
         self.model, self.prompts, self.seeds, self.eos_ids = model, prompts, seeds, eos_ids
-        self.slots, self.max_new_tokens = min(slots, len(prompts)), max_new_tokens
+        rows = len(prompts) * n
+        self.n, self.slots, self.max_new_tokens = n, min(slots, rows), max_new_tokens
         self.sampling, self.on_finish = sampling, on_finish
         device = seeds.device
         columns = max(map(len, prompts), default=0) + max_new_tokens
@@ -48,14 +50,14 @@ class Loop:
         # Renamed from past_key_values in transformers 5.24.
         names = inspect.signature(type(model).forward).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"
-        self.waiting = deque(range(len(prompts)))
+        self.waiting = deque(range(rows))
         self.live = 0
         self.row, self.length, self.token, self.index = torch.zeros(
             4, self.slots, dtype=torch.int64, device=device
         )
-        shape = (len(prompts), max_new_tokens)
+        shape = (rows, max_new_tokens)
         self.ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.logprob, self.log_mass, self.entropy = (
             torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3)
         )
@@ -73,28 +75,50 @@ class Loop:
         return bool(self.waiting) and (self.live == 0 or 8 * free >= self.slots)
 
     def _fill(self) -> None:
-        """Prefill the next waiting prompts, packed, into free slots; sample their first tokens."""
-        first, total = self.live, 0
-        rows: list[int] = []
-        while self.waiting and first + len(rows) < self.slots:
-            total += len(self.prompts[self.waiting[0]])
-            if rows and total > _PREFILL_TOKENS:
-                break
-            rows.append(self.waiting.popleft())
-        prompts = [self.prompts[row] for row in rows]
+        """Prefill the next waiting prompts, packed, into free slots; sample their first tokens.
+
+        Rows of one prompt that start together share its forward: the first of them computes the
+        keys, the others get a copy.
+        """
+        first = self.live
+        rows, owners, prompts = self._next_rows(self.slots - first)
         lengths = [len(p) for p in prompts]
         self.live = first + len(rows)
         new = slice(first, self.live)
         device = self.row.device
+        owner = torch.tensor(owners, device=device)  # which of the prompts each new slot has
+        length = torch.tensor(lengths, device=device)
+        leaders = [first + owners.index(p) for p in range(len(prompts))]
         self.row[new] = torch.tensor(rows, device=device)
-        self.length[new] = torch.tensor(lengths, device=device)
+        self.length[new] = length[owner]
         self.index[new] = 0
         positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        slots = torch.arange(first, self.live, device=device).repeat_interleave(self.length[new])
+        slots = torch.tensor(leaders, device=device).repeat_interleave(length)
         step = Step(slots, positions, lengths=lengths)
-        ends = self.length[new].cumsum(0) - 1
+        ends = length.cumsum(0) - 1
         logits = self._forward(torch.cat(prompts)[None], positions[None], step, ends)
-        self._draw(logits[0], new)
+        for slot, p in enumerate(owners, first):
+            if slot != leaders[p]:
+                self.cache.move(leaders[p], slot)
+        self._draw(logits[0][owner], new)
+
+    def _next_rows(self, free: int) -> tuple[list[int], list[int], list[torch.Tensor]]:
+        """(rows, which prompt of the third each continues, prompts) of the next prefill."""
+        rows: list[int] = []
+        owners: list[int] = []
+        prompts: list[torch.Tensor] = []
+        total, last = 0, -1
+        while self.waiting and len(rows) < free:
+            number = self.waiting[0] // self.n
+            if number != last:
+                total += len(self.prompts[number])
+                if rows and total > _PREFILL_TOKENS:
+                    break
+                prompts.append(self.prompts[number])
+                last = number
+            owners.append(len(prompts) - 1)
+            rows.append(self.waiting.popleft())
+        return rows, owners, prompts
 
     def _decode(self) -> None:
         """One more token for every live slot."""
