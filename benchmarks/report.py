@@ -28,8 +28,11 @@ Made by `rlhf-fast bench`: times are medians of wall times, all candidates of a 
 turns. "Plain" is eager PyTorch as trainers write it, "compile" the same under torch.compile. The
 floor is the time that the machine's bandwidth and matrix rate, measured in the same run, need for
 the bytes and operations that the op cannot avoid; inputs that fit in a cache can beat it. A row
-appears only if its results passed the check against float64 in that run.
+appears only if its results passed the check against float64 in that run. Functions of other
+projects, where they were installed, have a table of their own; their check is shown, not enforced.
 """
+AGAINST = ("op", "shape", "dtype", "direction", "theirs", "their ms", "ours", "our ms", "speed-up")
+AGAINST += ("their error", "our error", "their peak MB", "our peak MB")
 COLUMNS = ("op", "shape", "dtype", "direction", "backend", "ms", "plain ms", "speed-up")
 COLUMNS += ("compile ms", "vs compile", "GB/s", "of floor", "max error", "peak MB", "plain MB")
 
@@ -75,6 +78,40 @@ def _line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _is_ours(row: dict[str, Any]) -> bool:
+    return row["backend"] in PROVED
+
+
+def _case(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[key] for key in ("op", "shape", "dtype", "direction"))
+
+
+def against_others(measured: list[dict[str, Any]]) -> list[str]:
+    """The table of other projects' functions, each beside our fastest backend in the same case."""
+    fastest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in filter(_is_ours, measured):
+        best = fastest.setdefault(_case(row), row)
+        if row["median_ms"] < best["median_ms"]:
+            fastest[_case(row)] = row
+    lines = []
+    for row in measured:
+        if _is_ours(row) or _case(row) not in fastest:
+            continue
+        ours = fastest[_case(row)]
+        cells = (
+            *_case(row), row["backend"], _number(row["median_ms"]), ours["backend"],
+            _number(ours["median_ms"]), _times(row["median_ms"] / ours["median_ms"]),
+            _number(row["max_abs_err"], ".1e"), _number(ours["max_abs_err"], ".1e"),
+            _megabytes(row["peak_bytes"]), _megabytes(ours["peak_bytes"]),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    if not lines:
+        return []
+    header = "| " + " | ".join(AGAINST) + " |"
+    rule = "|" + "---|" * 5 + "--:|---|" + "--:|" * (len(AGAINST) - 7)
+    return ["Against functions of other projects:", "", header, rule, *lines, ""]
+
+
 def section(path: Path, content: dict[str, Any]) -> list[str]:
     """One device: what it is, its rows, its losses, what was not measured and why."""
     header, rows = content["header"], content["rows"]
@@ -91,13 +128,15 @@ def section(path: Path, content: dict[str, Any]) -> list[str]:
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * 5 + "--:|" * (len(COLUMNS) - 5),
-        *(_line(row) for row in measured),
+        *(_line(row) for row in measured if _is_ours(row)),
         "",
+        *against_others(measured),
     ]
     losses = [
         f"{row['op']} {row['shape']} {row['dtype']} ({row['backend']})"
         for row in measured
-        if row["backend"] != "reference"
+        if _is_ours(row)
+        and row["backend"] != "reference"
         and min(row["speedup"] or 1, row["speedup_vs_compile"] or 1) < 1
     ]
     if losses:
@@ -125,7 +164,7 @@ def _one_row_per_op(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each op that something but the reference serves: its largest case, fastest backend."""
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row["median_ms"] is not None and row["backend"] != "reference":
+        if row["median_ms"] is not None and _is_ours(row) and row["backend"] != "reference":
             shown = best.setdefault(row["op"], row)
             if (row["bytes"], -row["median_ms"]) > (shown["bytes"], -shown["median_ms"]):
                 best[row["op"]] = row

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from rlhf_fast import _dispatch
 from rlhf_fast.bench import case as bench_case
-from rlhf_fast.bench import runner
+from rlhf_fast.bench import machine, rivals, runner
 from rlhf_fast.bench.memory import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,6 +114,78 @@ def test_compiler_that_fails_leaves_null_and_a_note(monkeypatch):
     assert row["median_ms"] > 0 and row["compile_ms"] is None and "C++ compiler" in row["note"]
 
 
+def install_trl(monkeypatch, **functions):
+    """A stub `trl.trainer.utils` with these functions; {} stands for a package that is absent."""
+    monkeypatch.setattr(machine, "version_of", lambda package: "0.1" if functions else None)
+    for name in ("trl", "trl.trainer", "trl.trainer.utils"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    vars(sys.modules["trl.trainer.utils"]).update(functions)
+
+
+def selective(logits, ids):
+    return torch.log_softmax(logits, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+LOGPROB = next(case for case in QUICK if case.op == "logprob")
+
+
+def rival_row(rows):
+    assert [row["backend"] for row in rows][-1:] == ["trl"]
+    assert all(set(row) == KEYS for row in rows)
+    return rows[-1]
+
+
+def test_a_rival_that_is_not_installed_leaves_nulls_and_a_note(monkeypatch):
+    install_trl(monkeypatch)
+    rows = rows_of(LOGPROB)
+    row = rival_row(rows)
+    assert row["note"] == "trl is not installed" and row["reference_ms"] > 0
+    assert all(row[key] is None for key in ("median_ms", "speedup", "max_abs_err", "peak_bytes"))
+    assert rows[0]["median_ms"] > 0
+
+
+def test_a_rival_is_timed_and_checked_with_the_others(monkeypatch):
+    install_trl(monkeypatch, selective_log_softmax=selective)
+    row = rival_row(rows_of(LOGPROB))
+    assert row["median_ms"] > 0 and row["peak_bytes"] > 0 and 0 < row["max_abs_err"] < 1e-4
+    assert row["speedup"] == pytest.approx(row["reference_ms"] / row["median_ms"], rel=1e-2)
+    assert row["note"] == "trl 0.1: selective_log_softmax; no torch.compile: a test"
+
+
+def test_a_rival_that_is_wrong_is_noted_and_fails_nothing(monkeypatch):
+    install_trl(monkeypatch, selective_log_softmax=lambda logits, ids: selective(logits, ids) + 1)
+    failures = []
+    row = rival_row(rows_of(LOGPROB, failures))
+    assert not failures and row["median_ms"] > 0
+    assert row["max_abs_err"] == pytest.approx(1, rel=1e-3)
+    assert "beyond our tolerance" in row["note"]
+
+
+def test_a_rival_that_raises_or_has_other_names_is_noted(monkeypatch):
+    def refuses(logits, ids):
+        raise TypeError("another signature")
+
+    failures = []
+    install_trl(monkeypatch, selective_log_softmax=refuses)
+    row = rival_row(rows_of(LOGPROB, failures))
+    assert row["median_ms"] is None and "failed: TypeError: another signature" in row["note"]
+    install_trl(monkeypatch, entropy_from_logits=selective)
+    row = rival_row(rows_of(LOGPROB, failures))
+    assert row["median_ms"] is None and "ImportError" in row["note"]
+    assert not failures
+
+
+@pytest.mark.parametrize("op", sorted(rivals.RIVALS))
+def test_a_rival_that_is_installed_is_right(op):
+    """Of each op's quick case, where the package is there: the call means what ours means."""
+    for rival in rivals.of(op):
+        if rival.loaded()[0] is None:
+            pytest.skip(rival.loaded()[1])
+    case = next(case for case in QUICK if case.op == op)
+    row = rows_of(dataclasses.replace(case, dtype=torch.float32))[-1]
+    assert row["median_ms"] > 0 and row["max_abs_err"] < 1e-3
+
+
 def test_budget_leaves_rows_that_say_so():
     saved = []
     report = runner.run("logprob", quick=True, budget=0.0, save=lambda r: saved.append(len(r.rows)))
@@ -167,6 +241,30 @@ def test_page_shows_the_newest_and_lists_the_older(tmp_path, report):
     shown = {row["backend"] for row in report.rows if row["median_ms"]} - {"reference"}
     assert filled.count("| gae | ") == bool(shown)
     assert script.main(arguments) == 0 and readme.read_text() == filled
+
+
+def test_page_compares_rivals_with_the_fastest_backend_and_nowhere_else(report):
+    script = load_report_script()
+    row = {**report.rows[0], "speedup": 0.5, "speedup_vs_compile": None, "max_abs_err": 0.01}
+    rows = [
+        {**row, "backend": backend, "median_ms": ms, "note": note}
+        for backend, ms, note in (
+            ("reference", 9.0, None), ("cpu", 2.0, None), ("trl", 5.0, "trl 0.1: f"),
+            ("liger", None, "liger-kernel is not installed"),
+        )
+    ]  # fmt: skip
+    header = {**report.header, "commit": "abc"}
+    text = "\n".join(script.section(Path("x.json"), {"header": header, "rows": rows}))
+    ours, theirs = text.split("Against functions of other projects:")
+    assert "| trl |" not in ours and "| cpu |" in ours
+    lines = [line for line in theirs.splitlines() if line.startswith("| gae")]
+    assert len(lines) == 1 and "| trl | 5 | cpu | 2 | 2.5x |" in lines[0]
+    assert "Slower than plain or compiled PyTorch: gae 8x64 float32 (cpu)." in theirs
+    assert "- trl 0.1: f: gae 8x64 trl." in theirs
+    assert "- liger-kernel is not installed: gae 8x64 liger." in theirs
+    only = [{**rows[2], "median_ms": 0.1}]
+    assert "trl" not in script.summary([(Path("x.json"), {"header": header, "rows": only})])
+    assert script.against_others(only) == []
 
 
 def test_page_refuses_quick_runs_and_runs_without_commit(tmp_path, report):

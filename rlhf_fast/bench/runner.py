@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from rlhf_fast import _dispatch, testing
-from rlhf_fast.bench import machine
+from rlhf_fast.bench import machine, rivals
 from rlhf_fast.bench.case import Case, cases
 from rlhf_fast.bench.memory import peak_bytes
 
@@ -111,19 +111,31 @@ class Calls:
         return self.run(self.case.eager, inputs)
 
 
-def largest_error(name: str, ours: tuple, truth: tuple, plain: tuple | None) -> float:
-    """The largest error of outputs and gradients; raises AssertionError beyond the rule."""
-    worst = 0.0
+def row_names(op: str, device: str) -> list[str]:
+    """What the rows of one case are called: our backends, then other projects."""
+    return [*served_by(op, device), *(rival.backend for rival in rivals.of(op))]
+
+
+def assert_right(name: str, ours: tuple, truth: tuple, plain: tuple | None) -> None:
+    """Hold outputs and gradients to the package's rule; raises AssertionError beyond it."""
     for part, i in (("output", 0), ("gradient", 1)):
         for k, value in enumerate(ours[i]):
             expected, other = truth[i][k], None if plain is None else plain[i][k]
-            if not value.is_floating_point():
+            if value.is_floating_point():
+                testing.assert_accurate(f"{name}: {part} {k}", value, expected, other)
+            else:
                 assert torch.equal(value, expected), f"{name}: {part} {k} differs"
-                continue
-            testing.assert_accurate(f"{name}: {part} {k}", value, expected, other)
-            error = (value.double() - expected).abs()
-            error = error[error.isfinite()]
-            worst = max(worst, error.max().item() if error.numel() else 0.0)
+
+
+def largest_error(ours: tuple, truth: tuple) -> float:
+    """The largest finite error of outputs and gradients."""
+    worst = 0.0
+    for i in (0, 1):
+        for value, expected in zip(ours[i], truth[i], strict=False):  # eager may return more
+            if value.is_floating_point():
+                error = (value.double() - expected).abs()
+                error = error[error.isfinite()]
+                worst = max(worst, error.max().item() if error.numel() else 0.0)
     return worst
 
 
@@ -132,7 +144,8 @@ def check(case: Case, device: str, backend: str) -> float:
     calls = Calls(case, device)
     ours = calls.on(backend)()
     truth = calls.expected(ours[0], double=True)
-    return largest_error(case.name, ours, truth, calls.expected(ours[0], double=False))
+    assert_right(case.name, ours, truth, calls.expected(ours[0], double=False))
+    return largest_error(ours, truth)
 
 
 def _sentence(error: BaseException) -> str:
@@ -152,8 +165,11 @@ def _compiled(case: Case, calls: Calls) -> tuple[Callable[[], tuple] | None, str
     return call, None
 
 
-def _checked(case: Case, calls: Calls, device: str, notes: dict, failures: list) -> dict:
-    """backend -> its largest error, of the backends that may be timed; the others get a note."""
+def _checked(case: Case, calls: Calls, device: str, notes: dict, failures: list) -> tuple:
+    """(candidate -> its call, candidate -> its largest error) of what may be timed.
+
+    The others get a note. Other projects' functions are compared too, and never fail the run.
+    """
     errors: dict[str, float] = {}
     truth = plain = None
     for backend, state in served_by(case.op, device).items():
@@ -165,13 +181,29 @@ def _checked(case: Case, calls: Calls, device: str, notes: dict, failures: list)
             if truth is None or case.expected is not None:
                 truth = calls.expected(ours[0], double=True)
                 plain = calls.expected(ours[0], double=False)
-            errors[backend] = largest_error(case.name, ours, truth, plain)
+            assert_right(case.name, ours, truth, plain)
+            errors[backend] = largest_error(ours, truth)
         except (NotImplementedError, torch.OutOfMemoryError) as error:
             notes[backend] = _sentence(error)
         except Exception as error:  # one broken backend must not hide the others' rows
             notes[backend] = f"refused, the check failed: {_sentence(error)}"
             failures.append(f"{case.name} {backend}: {_sentence(error)}")
-    return errors
+    candidates = {backend: calls.on(backend) for backend in errors}
+    for rival in rivals.of(case.op):
+        function, notes[rival.backend] = rival.loaded()
+        if function is None or not errors:
+            continue
+        call = calls.timed(function)
+        try:
+            theirs = call()
+            errors[rival.backend] = largest_error(theirs, truth)
+            candidates[rival.backend] = call
+            assert_right(rival.function, theirs, truth, plain)
+        except AssertionError as error:
+            notes[rival.backend] += f", beyond our tolerance: {_sentence(error)}"
+        except Exception as error:  # their failure is a missing number, not our error
+            notes[rival.backend] += f", failed: {_sentence(error)}"
+    return candidates, errors
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
@@ -197,10 +229,9 @@ def run_case(
     """The rows of one case. `no_compile` is the reason why torch.compile is left out, if it is."""
     calls = Calls(case, device)
     notes: dict[str, str] = {}
-    errors = _checked(case, calls, device, notes, failures)
+    checked, errors = _checked(case, calls, device, notes, failures)
     gc.collect()
-    candidates: dict[str, Callable[[], object]] = {"eager": calls.timed(case.eager)}
-    candidates |= {backend: calls.on(backend) for backend in errors}
+    candidates: dict[str, Callable[[], object]] = {"eager": calls.timed(case.eager), **checked}
     common = [case.note] if case.note else []
     if case.compiled is not None and not quick:
         candidates["vectorised"] = calls.timed(case.compiled)
@@ -233,12 +264,13 @@ def _rows(
     notes: dict[str, str],
     common: list[str],
 ) -> list[dict[str, Any]]:
-    """One row per backend; a backend in `notes` was not measured."""
+    """One row per backend and rival; `notes` are their own, `common` those of all with a time."""
     floor = _floor_ms(case, header)
     rows = []
-    for backend in served_by(case.op, device):
+    for backend in row_names(case.op, device):
         median = ms.get(backend)
-        own = [notes[backend]] if backend in notes else common
+        own = [notes[backend]] if backend in notes else []
+        own += [] if median is None else common
         values = (
             case.op, case.shape, case.dtype_name, backend, device, case.direction, median,
             ms.get("eager"), ms.get("compile"), _ratio(ms.get("eager"), median),
@@ -297,7 +329,7 @@ def _within_budget(case: Case, report: Report, left: float, budget: float) -> li
     device, quick = report.header["device_type"], report.header["quick"]
     if left <= 0:
         why = f"not measured: the {budget:.0f} s of this run were used up"
-        notes = dict.fromkeys(served_by(case.op, device), why)
+        notes = dict.fromkeys(row_names(case.op, device), why)
         return _rows(case, device, report.header, {}, {}, {}, notes, [])
     no_compile = "this is a --quick run" if quick else ""
     if left < 0.5 * budget:
