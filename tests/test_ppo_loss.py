@@ -131,6 +131,45 @@ def test_ppo_loss_without_the_optional_terms(backend):
     assert_same_bits("loss", same.loss, out.loss)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_rows_of_several_parts(backend, reduction, masked):
+    """Kernels split long rows; the interpreter of Triton splits them earlier."""
+    length = 140 if backend == "triton" and device_of(backend) == "cpu" else 4100
+    data = batch(B=3, T=length, seed=32) | value_batch(B=3, T=length, seed=33)
+    data |= {name: randn(3, length, seed=s).abs() for s, name in ((34, "entropy"), (35, "ref"))}
+    data["ref_logprob"] = clean(data["logprob"], data["mask"]).float() - 0.2 * data.pop("ref")
+    if not masked:
+        data = {k: torch.where(data["mask"], x, 0.1) for k, x in data.items() if k != "mask"}
+        data["mask"] = None
+    leaves = ("logprob", "values", "entropy")
+    options = {"entropy_coef": 0.01, "kl_coef": 0.1, "reduction": reduction}
+
+    def results(data, loss, **more):
+        x = {k: v if v is None else v.clone().requires_grad_(k in leaves) for k, v in data.items()}
+        out = loss(**x, **more)
+        wanted = [x[k] for k in leaves if x.get(k) is not None]
+        return (out.loss, out.stats, *torch.autograd.grad(out.loss, wanted))
+
+    moved = {k: v if v is None else v.to(device_of(backend)) for k, v in data.items()}
+    wide = {
+        k: v.double() if v is not None and v.is_floating_point() else v for k, v in data.items()
+    }
+    policy = ("logprob", "old_logprob", "advantages", "mask")
+    sequences = {"kind": "gspo", "clip_low": 0.01, "reduction": reduction}
+    for names, loss, more in (
+        (data, rlhf_fast.ppo_loss, options),
+        (policy, rlhf_fast.policy_loss, sequences),
+    ):
+        ours = results({k: moved[k] for k in names}, loss, **more)
+        with rlhf_fast.use_backend("reference"):
+            truth = results({k: wide[k] for k in names}, loss, **more)
+        for k, (a, b) in enumerate(zip(ours, truth, strict=True)):
+            assert_accurate(f"{loss.__name__} result {k}", a, b.to(a.device))
+        for a, b in zip(ours, results({k: moved[k] for k in names}, loss, **more), strict=True):
+            assert_same_bits("again", a, b)
+
+
 def test_entropy_may_carry_a_graph(backend):
     logits = randn(2, 3, 5, seed=1).to(device_of(backend)).requires_grad_()
     ids = torch.zeros(2, 3, dtype=torch.int64, device=logits.device)

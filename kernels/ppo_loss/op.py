@@ -28,7 +28,7 @@ from .reference import STATS
 
 _NOT_YET = "only the CPU has a native kernel so far"
 for _op in ("policy_loss", "value_loss", "ppo_loss"):
-    _dispatch.implementations(_op, __package__, triton=_NOT_YET, cuda=_NOT_YET)
+    _dispatch.implementations(_op, __package__, cuda=_NOT_YET)
 
 KINDS = ("ppo", "grpo", "reinforce", "a2c", "cispo", "gspo", "sapo")
 REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")
