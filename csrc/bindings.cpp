@@ -97,6 +97,17 @@ LogprobBackwardArgs logprob_backward_args(const RowsTuple& rows, int threads, Ad
   return args;
 }
 
+LogprobGradArgs logprob_grad_args(const RowsTuple& rows, int threads, Address logprob,
+                                  Address entropy, Address row_max, Address log_sum,
+                                  Address grad_logprob, Address grad_entropy, Address out) {
+  LogprobGradArgs args;
+  required<float>(entropy, "entropy");
+  args.forward = logprob_args(rows, threads, logprob, entropy, row_max, log_sum);
+  args.backward = logprob_backward_args(rows, threads, grad_logprob, grad_entropy, row_max, log_sum,
+                                        entropy, out);
+  return args;
+}
+
 GaeArgs gae_args(Address rewards, Address values, Address offsets, Address mask, Address dones,
                  Address bootstrap, Address advantages, Address returns, int64_t rows,
                  int64_t length, float bootstrap_value, float gamma, float decay,
@@ -239,6 +250,19 @@ KlBackwardArgs kl_backward_args(const RowsTuple& rows, const RefTuple& ref, int 
   args.kl = required<float>(in[7], "kl");
   args.entropy = in[2] ? required<float>(in[8], "entropy") : nullptr;
   args.out = required<void>(out, "out");
+  return args;
+}
+
+// `grads` are (grad_kl, grad_logprob, grad_entropy).
+KlGradArgs kl_grad_args(const RowsTuple& rows, const RefTuple& ref, int threads,
+                        const KlOutputs& out, const std::array<Address, 3>& grads, Address grad) {
+  const auto& [kl, logprob, ref_logprob, entropy, row_max, log_sum, ref_row_max, ref_log_sum] = out;
+  KlGradArgs args;
+  args.forward = kl_args(rows, ref, threads, out);
+  args.backward = kl_backward_args(
+      rows, ref, threads,
+      {grads[0], grads[1], grads[2], row_max, log_sum, ref_row_max, ref_log_sum, kl, entropy},
+      grad);
   return args;
 }
 
@@ -392,6 +416,14 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release released;
           cpu::logprob_backward(args);
         });
+  m.def("cpu_logprob_and_grad",
+        [](const RowsTuple& rows, int threads, Address logprob, Address entropy, Address row_max,
+           Address log_sum, Address grad_logprob, Address grad_entropy, Address out) {
+          const auto args = logprob_grad_args(rows, threads, logprob, entropy, row_max, log_sum,
+                                              grad_logprob, grad_entropy, out);
+          py::gil_scoped_release released;
+          cpu::logprob_and_grad(args);
+        });
   m.def("cpu_gae", [](Address rewards, Address values, Address offsets, Address mask, Address dones,
                       Address bootstrap, Address advantages, Address returns, int64_t rows,
                       int64_t length, float bootstrap_value, float gamma, float decay,
@@ -490,6 +522,13 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cpu::kl_backward(args);
   });
+  m.def("cpu_kl_and_grad",
+        [](const RowsTuple& rows, const RefTuple& ref, int threads, const KlOutputs& out,
+           const std::array<Address, 3>& grads, Address grad) {
+          const auto args = kl_grad_args(rows, ref, threads, out, grads, grad);
+          py::gil_scoped_release released;
+          cpu::kl_and_grad(args);
+        });
   m.def("cpu_advantages", [](const AdvantagesAddresses& addresses, const AdvantagesOptions& options,
                              int64_t rows, int64_t length, int threads) {
     const auto args = advantages_args(addresses, options, rows, length, threads);
@@ -539,6 +578,15 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cuda::logprob_backward(args, device, pointer<void>(stream));
   });
+  m.def("cuda_logprob_and_grad",
+        [](const RowsTuple& rows, int device, Address stream, Address logprob, Address entropy,
+           Address row_max, Address log_sum, Address grad_logprob, Address grad_entropy,
+           Address out) {
+          const auto args = logprob_grad_args(rows, 1, logprob, entropy, row_max, log_sum,
+                                              grad_logprob, grad_entropy, out);
+          py::gil_scoped_release released;
+          cuda::logprob_and_grad(args, device, pointer<void>(stream));
+        });
   m.def("cuda_gae", [](Address rewards, Address values, Address offsets, Address mask,
                        Address dones, Address bootstrap, Address advantages, Address returns,
                        int64_t rows, int64_t length, float bootstrap_value, float gamma,
@@ -578,6 +626,13 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cuda::kl_backward(args, device, pointer<void>(stream));
   });
+  m.def("cuda_kl_and_grad",
+        [](const RowsTuple& rows, const RefTuple& ref, int device, Address stream,
+           const KlOutputs& out, const std::array<Address, 3>& grads, Address grad) {
+          const auto args = kl_grad_args(rows, ref, 1, out, grads, grad);
+          py::gil_scoped_release released;
+          cuda::kl_and_grad(args, device, pointer<void>(stream));
+        });
   m.def("cuda_advantages",
         [](const AdvantagesAddresses& addresses, const AdvantagesOptions& options, int64_t rows,
            int64_t length, int device, Address stream) {

@@ -12,14 +12,27 @@ from rlhf_fast.kernels.advantages import (
     whiten,
 )
 from rlhf_fast.kernels.gae import GAE, discounted_returns, gae, gae_packed
-from rlhf_fast.kernels.kl import KLFull, kl_divergence, kl_divergence_full, kl_estimate
+from rlhf_fast.kernels.kl import (
+    KLFull,
+    KLGrad,
+    kl_divergence,
+    kl_divergence_and_grad,
+    kl_divergence_full,
+    kl_estimate,
+)
 from rlhf_fast.kernels.linear_head import (
     linear_kl,
     linear_logprob,
     linear_logprob_entropy,
     linear_ppo_loss,
 )
-from rlhf_fast.kernels.logprob import LogprobEntropy, logprob, logprob_entropy
+from rlhf_fast.kernels.logprob import (
+    LogprobEntropy,
+    LogprobEntropyGrad,
+    logprob,
+    logprob_entropy,
+    logprob_entropy_and_grad,
+)
 from rlhf_fast.kernels.ppo_loss import Loss, policy_loss, ppo_loss, value_loss
 from rlhf_fast.kernels.ranking_loss import ranking_loss
 from rlhf_fast.kernels.sample import Sample, replay_logprob, sample
@@ -36,7 +49,9 @@ __all__ = [
     "GAE",
     "Advantages",
     "KLFull",
+    "KLGrad",
     "LogprobEntropy",
+    "LogprobEntropyGrad",
     "Loss",
     "Rollout",
     "RolloutOutput",
@@ -49,6 +64,7 @@ __all__ = [
     "generate",
     "group_advantages",
     "kl_divergence",
+    "kl_divergence_and_grad",
     "kl_divergence_full",
     "kl_estimate",
     "linear_kl",
@@ -57,6 +73,7 @@ __all__ = [
     "linear_ppo_loss",
     "logprob",
     "logprob_entropy",
+    "logprob_entropy_and_grad",
     "policy_loss",
     "ppo_advantages",
     "ppo_loss",

@@ -73,6 +73,14 @@ SAMPLES = {
         (logits(), logits(1).detach()),
         {"ids": ids(B, T), "mask": MASK, "temperature": 0.7},
     ),
+    "logprob_entropy_and_grad": lambda: (
+        (logits(), ids(B, T), tokens(3)),
+        {"grad_entropy": 0.01, "mask": MASK, "softcap": 5.0},
+    ),
+    "kl_divergence_and_grad": lambda: (
+        (logits(), logits(1), 0.1),
+        {"ids": ids(B, T), "grad_logprob": tokens(3), "mask": MASK, "temperature": 0.7},
+    ),
     "linear_logprob": lambda: (
         (*head(), ids(B * T)),
         {"mask": MASK.flatten(), "temperature": 0.7, "logit_scale": 1.5},

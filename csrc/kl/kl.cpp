@@ -179,6 +179,20 @@ int64_t grain_of(const LogitRows& in) {
   return in.vocabulary < kPiece ? kPiece / in.vocabulary : 1;
 }
 
+int64_t pieces_of(const LogitRows& in) { return (in.vocabulary + kPiece - 1) / kPiece; }
+
+// The columns of the piece that begins at `begin`.
+int columns_of(const LogitRows& in, int64_t begin) {
+  const int64_t left = in.vocabulary - begin;
+  return static_cast<int>(left < kPiece ? left : kPiece);
+}
+
+template <class T, class R>
+Sums fold(const KlArgs& args, int64_t row, int64_t begin) {
+  return fold_piece(row_of<T>(args.in, row) + begin, row_of<R>(args.ref, row) + begin,
+                    columns_of(args.in, begin), rate_of(args.in, row));
+}
+
 template <class T>
 float logit(const T* row, int64_t column) {
   T one[W] = {};
@@ -186,16 +200,14 @@ float logit(const T* row, int64_t column) {
   return load(one)[0];
 }
 
-// One row's results from those of its pieces.
+// One row's results from the sums over it, which those of a masked row do not need.
 template <class T, class R>
-void finish_row(const KlArgs& args, int64_t row, const Sums* pieces, int64_t count) {
+void finish_row(const KlArgs& args, int64_t row, const Sums& state) {
   float kl = 0.0f, logprob = 0.0f, ref_logprob = 0.0f, entropy = 0.0f;
   double log_sum = 0.0, ref_log_sum = 0.0;
-  Sums state;
   const bool live = is_live(args.in, row);
   if (live) {
     const float rate = rate_of(args.in, row);
-    for (int64_t i = 0; i < count; ++i) state.merge(pieces[i], rate);
     // A sum that is NaN is that of a row with a NaN.
     const bool empty = state.top == -kInfinity && state.total == state.total;
     const bool ref_empty = state.ref_top == -kInfinity && state.ref_total == state.ref_total;
@@ -231,18 +243,18 @@ void finish_row(const KlArgs& args, int64_t row, const Sums* pieces, int64_t cou
 template <class T, class R>
 void forward(const KlArgs& args) {
   const LogitRows& in = args.in;
-  const int64_t count = (in.vocabulary + kPiece - 1) / kPiece;
+  const int64_t count = pieces_of(in);
   std::vector<Sums> pieces(in.rows * count);
   parallel_for(in.rows * count, grain_of(in), in.threads, [&](int64_t task) {
-    const int64_t row = task / count, begin = task % count * kPiece;
-    if (!is_live(in, row)) return;
-    const int64_t left = in.vocabulary - begin;
-    const int n = static_cast<int>(left < kPiece ? left : kPiece);
-    pieces[task] = fold_piece(row_of<T>(in, row) + begin, row_of<R>(args.ref, row) + begin, n,
-                              rate_of(in, row));
+    const int64_t row = task / count;
+    if (is_live(in, row)) pieces[task] = fold<T, R>(args, row, task % count * kPiece);
   });
-  for (int64_t row = 0; row < in.rows; ++row)
-    finish_row<T, R>(args, row, pieces.data() + row * count, count);
+  for (int64_t row = 0; row < in.rows; ++row) {
+    Sums state;
+    if (is_live(in, row))
+      for (int64_t i = 0; i < count; ++i) state.merge(pieces[row * count + i], rate_of(in, row));
+    finish_row<T, R>(args, row, state);
+  }
 }
 
 // ------------------------------------------------------------------- exact: backward
@@ -285,39 +297,69 @@ void backward_piece(const T* z, const R* q, int n, KlRow c, T* out) {
   }
 }
 
+// The gradient of the piece that begins at `begin`.
+template <class T, class R>
+void write_piece(const KlBackwardArgs& args, int64_t row, int64_t begin, const GradientRow& r) {
+  const LogitRows& in = args.in;
+  const int n = columns_of(in, begin);
+  T* const out = static_cast<T*>(args.out) + row * in.vocabulary + begin;
+  if (!is_live(in, row)) {
+    std::memset(static_cast<void*>(out), 0, n * sizeof(T));
+    return;
+  }
+  const T* const z = row_of<T>(in, row) + begin;
+  const R* const q = row_of<R>(args.ref, row) + begin;
+  if (r.c.with_kl)
+    backward_piece<true>(z, q, n, r.c, out);
+  else
+    backward_piece<false>(z, q, n, r.c, out);
+  const int64_t y = in.ids[row];
+  if (args.grad_logprob && y >= begin && y < begin + n) {
+    const Vec zy = splat<Vec>(r.chosen), qy = splat<Vec>(r.ref_chosen);
+    T one[W];
+    store(one, r.c.with_kl ? kl_gradient<true, true>(zy, qy, r.c)
+                           : kl_gradient<false, true>(zy, qy, r.c));
+    out[y - begin] = one[0];
+  }
+}
+
 template <class T, class R>
 void backward(const KlBackwardArgs& args) {
   const LogitRows& in = args.in;
-  const int64_t count = (in.vocabulary + kPiece - 1) / kPiece;
+  const int64_t count = pieces_of(in);
   advise_large_pages(args.out, in.rows * in.vocabulary * sizeof(T));
   std::vector<GradientRow> rows(in.rows);
   parallel_for(in.rows, kPiece, in.threads, [&](int64_t row) {
     if (is_live(in, row)) rows[row] = gradient_row<T, R>(args, row);
   });
   parallel_for(in.rows * count, grain_of(in), in.threads, [&](int64_t task) {
-    const int64_t row = task / count, begin = task % count * kPiece;
-    const int64_t left = in.vocabulary - begin;
-    const int n = static_cast<int>(left < kPiece ? left : kPiece);
-    T* const out = static_cast<T*>(args.out) + row * in.vocabulary + begin;
-    if (!is_live(in, row)) {
-      std::memset(static_cast<void*>(out), 0, n * sizeof(T));
-      return;
-    }
-    const T* const z = row_of<T>(in, row);
-    const R* const q = row_of<R>(args.ref, row);
-    const auto& [c, chosen, ref_chosen] = rows[row];
-    if (c.with_kl)
-      backward_piece<true>(z + begin, q + begin, n, c, out);
-    else
-      backward_piece<false>(z + begin, q + begin, n, c, out);
-    const int64_t y = in.ids[row];
-    if (args.grad_logprob && y >= begin && y < begin + n) {
-      const Vec zy = splat<Vec>(chosen), qy = splat<Vec>(ref_chosen);
-      T one[W];
-      store(one,
-            c.with_kl ? kl_gradient<true, true>(zy, qy, c) : kl_gradient<false, true>(zy, qy, c));
-      out[y - begin] = one[0];
-    }
+    write_piece<T, R>(args, task / count, task % count * kPiece, rows[task / count]);
+  });
+}
+
+// ------------------------------------------------------------------- exact: both in one pass
+
+// Each row is still in the second-level cache when its gradient is computed.
+template <class T, class R>
+void forward_and_backward(const KlGradArgs& args) {
+  const LogitRows& in = args.forward.in;
+  if (in.rows < 2 * in.threads) {  // too few for each thread: their pieces are shared out instead
+    forward<T, R>(args.forward);
+    backward<T, R>(args.backward);
+    return;
+  }
+  advise_large_pages(args.backward.out, in.rows * in.vocabulary * sizeof(T));
+  parallel_for(in.rows, grain_of(in), in.threads, [&](int64_t row) {
+    const bool live = is_live(in, row);
+    Sums state;
+    for (int64_t begin = 0; live && begin < in.vocabulary; begin += kPiece)
+      state.merge(fold<T, R>(args.forward, row, begin), rate_of(in, row));
+    finish_row<T, R>(args.forward, row, state);
+    GradientRow r = {};
+    if (live) r = gradient_row<T, R>(args.backward, row);
+    // From the end, which was read last.
+    for (int64_t i = pieces_of(in) - 1; i >= 0; --i)
+      write_piece<T, R>(args.backward, row, i * kPiece, r);
   });
 }
 
@@ -342,6 +384,12 @@ void kl(const KlArgs& args) {
 void kl_backward(const KlBackwardArgs& args) {
   with_types(args.in, args.ref,
              [&](auto type, auto ref_type) { backward<decltype(type), decltype(ref_type)>(args); });
+}
+
+void kl_and_grad(const KlGradArgs& args) {
+  with_types(args.forward.in, args.forward.ref, [&](auto type, auto ref_type) {
+    forward_and_backward<decltype(type), decltype(ref_type)>(args);
+  });
 }
 
 }  // namespace rlhf::RLHF_ISA

@@ -137,7 +137,7 @@ RLHF_HD double block_sum_double(double x, double* shared) {
 }
 
 template <class T, class R>
-__global__ void __launch_bounds__(kThreads, 2) kl_kernel(KlArgs args) {
+RLHF_HD void forward_row(const KlArgs& args) {
   __shared__ float shared[32];
   __shared__ double shared_double[kThreads / 32];
   const LogitRows& in = args.in;
@@ -186,7 +186,8 @@ __global__ void __launch_bounds__(kThreads, 2) kl_kernel(KlArgs args) {
 }
 
 // The gradient is computed number by number, so alignment may choose which thread does it: stores
-// are always aligned, what stands before the first and behind the last pack is stored singly.
+// are always aligned, what stands before the first and behind the last pack is stored singly. It
+// goes from the end of the row, which a forward pass before it read last.
 template <bool KL, class T, class R>
 RLHF_HD void store_gradient(const T* z, const R* q, int vocabulary, const KlRow& c, T* out) {
   constexpr int N = Pack<T>::kSize, M = Pack<R>::kSize;
@@ -197,7 +198,8 @@ RLHF_HD void store_gradient(const T* z, const R* q, int vocabulary, const KlRow&
   const int single = threadIdx.x < head ? threadIdx.x : tail + static_cast<int>(threadIdx.x) - head;
   if (single < vocabulary)
     convert(kl_gradient<KL, false>(to_float(z[single]), to_float(q[single]), c), out[single]);
-  for (int step = threadIdx.x; step < steps; step += blockDim.x) {
+  for (int step = steps - 1 - static_cast<int>(threadIdx.x); step >= 0;
+       step -= static_cast<int>(blockDim.x)) {
     const int begin = head + step * kStep;
     float y[kStep];
 #pragma unroll
@@ -218,7 +220,7 @@ RLHF_HD void store_gradient(const T* z, const R* q, int vocabulary, const KlRow&
 }
 
 template <class T, class R>
-__global__ void __launch_bounds__(kThreads, 2) kl_backward_kernel(KlBackwardArgs args) {
+RLHF_HD void backward_row(const KlBackwardArgs& args) {
   const LogitRows& in = args.in;
   const int64_t row = blockIdx.x;
   const int vocabulary = static_cast<int>(in.vocabulary);
@@ -246,6 +248,23 @@ __global__ void __launch_bounds__(kThreads, 2) kl_backward_kernel(KlBackwardArgs
                       : kl_gradient<false, true>(chosen, ref_chosen, c),
             out[y]);
   }
+}
+
+template <class T, class R>
+__global__ void __launch_bounds__(kThreads, 2) kl_kernel(KlArgs args) {
+  forward_row<T, R>(args);
+}
+
+template <class T, class R>
+__global__ void __launch_bounds__(kThreads, 2) kl_backward_kernel(KlBackwardArgs args) {
+  backward_row<T, R>(args);
+}
+
+template <class T, class R>
+__global__ void __launch_bounds__(kThreads, 2) kl_and_grad_kernel(KlGradArgs args) {
+  forward_row<T, R>(args.forward);
+  __syncthreads();  // thread 0 has written what all read
+  backward_row<T, R>(args.backward);
 }
 
 // Calls f(T{}, R{}) with the types of the policy's and the reference's logits.
@@ -296,6 +315,19 @@ void kl_backward(const KlBackwardArgs& args, int device, void* stream) {
   DeviceGuard guard(device);
   with_types(args.in, args.ref, [&](auto type, auto ref_type) {
     kl_backward_kernel<decltype(type), decltype(ref_type)><<<grid, threads, 0, queue>>>(args);
+  });
+  check_launch(what);
+}
+
+void kl_and_grad(const KlGradArgs& args, int device, void* stream) {
+  const LogitRows& in = args.forward.in;
+  const std::string what = describe("kl_divergence_and_grad", in);
+  const unsigned grid = grid_of(in.rows, what);
+  const int threads = threads_of(in);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  DeviceGuard guard(device);
+  with_types(in, args.forward.ref, [&](auto type, auto ref_type) {
+    kl_and_grad_kernel<decltype(type), decltype(ref_type)><<<grid, threads, 0, queue>>>(args);
   });
   check_launch(what);
 }

@@ -45,11 +45,18 @@ struct KlBackwardArgs {
   void* out;  // [rows, vocabulary]; may be the policy's logits where those are contiguous
 };
 
+// Values and gradient in one pass: `backward` reads what `forward` writes.
+struct KlGradArgs {
+  KlArgs forward;
+  KlBackwardArgs backward;
+};
+
 namespace cuda {
 void kl_estimate(const KlEstimateArgs& args, int device, void* stream);
 void kl_estimate_backward(const KlEstimateArgs& args, int device, void* stream);
 void kl(const KlArgs& args, int device, void* stream);
 void kl_backward(const KlBackwardArgs& args, int device, void* stream);
+void kl_and_grad(const KlGradArgs& args, int device, void* stream);
 }  // namespace cuda
 
 }  // namespace rlhf
@@ -58,6 +65,7 @@ RLHF_CPU_KERNEL(kl_estimate, KlEstimateArgs)
 RLHF_CPU_KERNEL(kl_estimate_backward, KlEstimateArgs)
 RLHF_CPU_KERNEL(kl, KlArgs)
 RLHF_CPU_KERNEL(kl_backward, KlBackwardArgs)
+RLHF_CPU_KERNEL(kl_and_grad, KlGradArgs)
 
 #if defined(RLHF_ISA)
 #include "ppo_loss/formulas.h"

@@ -157,15 +157,27 @@ int64_t grain_of(const LogitRows& in, int64_t count) {
   return grain > least ? grain : least;
 }
 
-// One row's results from those of its pieces.
+int64_t pieces_of(const LogitRows& in) { return (in.vocabulary + kPiece - 1) / kPiece; }
+
+// The columns of the piece that begins at `begin`.
+int columns_of(const LogitRows& in, int64_t begin) {
+  const int64_t left = in.vocabulary - begin;
+  return static_cast<int>(left < kPiece ? left : kPiece);
+}
+
+template <class T, bool CAP, bool WEIGHTED>
+Softmax fold(const LogitRows& in, int64_t row, int64_t begin) {
+  return fold_piece<T, CAP, WEIGHTED>(row_of<T>(in, row) + begin, columns_of(in, begin),
+                                      rate_of(in, row), in.softcap);
+}
+
+// One row's results from the sums over it, which those of a masked row do not need.
 template <class T, bool CAP>
-void finish_row(const LogprobArgs& args, int64_t row, const Softmax* pieces, int64_t count) {
+void finish_row(const LogprobArgs& args, int64_t row, const Softmax& state) {
   const LogitRows& in = args.in;
   float logprob = 0.0f, entropy = 0.0f, row_max = 0.0f, log_sum = 0.0f;
   if (is_live(in, row)) {
     const float rate = rate_of(in, row);
-    Softmax state;
-    for (int64_t i = 0; i < count; ++i) state.merge(pieces[i], rate);
     row_max = state.top;
     const int64_t y = in.ids[row];
     const bool known = y >= 0 && y < in.vocabulary;
@@ -191,18 +203,18 @@ void finish_row(const LogprobArgs& args, int64_t row, const Softmax* pieces, int
 template <class T, bool CAP, bool WEIGHTED>
 void forward(const LogprobArgs& args) {
   const LogitRows& in = args.in;
-  const int64_t count = (in.vocabulary + kPiece - 1) / kPiece;
+  const int64_t count = pieces_of(in);
   std::vector<Softmax> pieces(in.rows * count);
   parallel_for(in.rows * count, grain_of(in, count), in.threads, [&](int64_t task) {
-    const int64_t row = task / count, begin = task % count * kPiece;
-    if (!is_live(in, row)) return;
-    const int64_t left = in.vocabulary - begin;
-    const int n = static_cast<int>(left < kPiece ? left : kPiece);
-    pieces[task] =
-        fold_piece<T, CAP, WEIGHTED>(row_of<T>(in, row) + begin, n, rate_of(in, row), in.softcap);
+    const int64_t row = task / count;
+    if (is_live(in, row)) pieces[task] = fold<T, CAP, WEIGHTED>(in, row, task % count * kPiece);
   });
-  for (int64_t row = 0; row < in.rows; ++row)
-    finish_row<T, CAP>(args, row, pieces.data() + row * count, count);
+  for (int64_t row = 0; row < in.rows; ++row) {
+    Softmax state;
+    if (is_live(in, row))
+      for (int64_t i = 0; i < count; ++i) state.merge(pieces[row * count + i], rate_of(in, row));
+    finish_row<T, CAP>(args, row, state);
+  }
 }
 
 // What the gradient of a row needs of it. It is read before any of it is written, since the
@@ -243,32 +255,61 @@ void backward_piece(const T* z, int n, RowGradient c, T* out) {
   }
 }
 
+// The gradient of the piece that begins at `begin`.
+template <class T, bool ENTROPY>
+void write_piece(const LogprobBackwardArgs& args, int64_t row, int64_t begin,
+                 const GradientRow<T>& r) {
+  const LogitRows& in = args.in;
+  const int n = columns_of(in, begin);
+  T* const out = static_cast<T*>(args.out) + row * in.vocabulary + begin;
+  if (!is_live(in, row)) {
+    std::memset(static_cast<void*>(out), 0, n * sizeof(T));
+    return;
+  }
+  backward_piece<T, ENTROPY>(row_of<T>(in, row) + begin, n, r.c, out);
+  const int64_t y = in.ids[row];
+  if (y >= begin && y < begin + n) {
+    T one[W] = {r.chosen};
+    store(one, logit_gradient<ENTROPY, true>(load(one), r.c));
+    out[y - begin] = one[0];
+  }
+}
+
 template <class T, bool ENTROPY>
 void backward(const LogprobBackwardArgs& args) {
   const LogitRows& in = args.in;
   advise_large_pages(args.out, in.rows * in.vocabulary * sizeof(T));
-  const int64_t count = (in.vocabulary + kPiece - 1) / kPiece;
+  const int64_t count = pieces_of(in);
   std::vector<GradientRow<T>> rows(in.rows);
   parallel_for(in.rows, kPiece, in.threads, [&](int64_t row) {
     if (is_live(in, row)) rows[row] = gradient_row<T, ENTROPY>(args, row);
   });
   parallel_for(in.rows * count, grain_of(in, count), in.threads, [&](int64_t task) {
-    const int64_t row = task / count, begin = task % count * kPiece;
-    const int64_t left = in.vocabulary - begin;
-    const int n = static_cast<int>(left < kPiece ? left : kPiece);
-    T* const out = static_cast<T*>(args.out) + row * in.vocabulary + begin;
-    if (!is_live(in, row)) {
-      std::memset(static_cast<void*>(out), 0, n * sizeof(T));
-      return;
-    }
-    const auto& [c, chosen] = rows[row];
-    backward_piece<T, ENTROPY>(row_of<T>(in, row) + begin, n, c, out);
-    const int64_t y = in.ids[row];
-    if (y >= begin && y < begin + n) {
-      T one[W] = {chosen};
-      store(one, logit_gradient<ENTROPY, true>(load(one), c));
-      out[y - begin] = one[0];
-    }
+    write_piece<T, ENTROPY>(args, task / count, task % count * kPiece, rows[task / count]);
+  });
+}
+
+// Each row is still in the second-level cache when its gradient is computed.
+template <class T, bool CAP, bool ENTROPY>
+void forward_and_backward(const LogprobGradArgs& args) {
+  const LogitRows& in = args.forward.in;
+  if (in.rows < 2 * in.threads) {  // too few for each thread: their pieces are shared out instead
+    forward<T, CAP, true>(args.forward);
+    backward<T, ENTROPY>(args.backward);
+    return;
+  }
+  advise_large_pages(args.backward.out, in.rows * in.vocabulary * sizeof(T));
+  parallel_for(in.rows, grain_of(in, 1), in.threads, [&](int64_t row) {
+    const bool live = is_live(in, row);
+    Softmax state;
+    for (int64_t begin = 0; live && begin < in.vocabulary; begin += kPiece)
+      state.merge(fold<T, CAP, true>(in, row, begin), rate_of(in, row));
+    finish_row<T, CAP>(args.forward, row, state);
+    GradientRow<T> r = {};
+    if (live) r = gradient_row<T, ENTROPY>(args.backward, row);
+    // From the end, which was read last.
+    for (int64_t i = pieces_of(in) - 1; i >= 0; --i)
+      write_piece<T, ENTROPY>(args.backward, row, i * kPiece, r);
   });
 }
 
@@ -288,6 +329,19 @@ void logprob_backward(const LogprobBackwardArgs& args) {
   with_type(args.in.dtype, [&](auto type) {
     using T = decltype(type);
     args.grad_entropy ? backward<T, true>(args) : backward<T, false>(args);
+  });
+}
+
+void logprob_and_grad(const LogprobGradArgs& args) {
+  with_type(args.forward.in.dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool entropy = args.backward.grad_entropy;
+    if (args.forward.in.softcap != 0.0f)
+      entropy ? forward_and_backward<T, true, true>(args)
+              : forward_and_backward<T, true, false>(args);
+    else
+      entropy ? forward_and_backward<T, false, true>(args)
+              : forward_and_backward<T, false, false>(args);
   });
 }
 

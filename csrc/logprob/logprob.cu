@@ -56,7 +56,7 @@ RLHF_HD void raise(Softmax& state, float top, float rate) {
 }
 
 template <class T, bool WEIGHTED>
-__global__ void __launch_bounds__(kThreads) logprob_kernel(LogprobArgs args) {
+RLHF_HD void forward_row(const LogprobArgs& args) {
   __shared__ float shared[32];
   const LogitRows& in = args.in;
   const int64_t row = blockIdx.x;
@@ -111,9 +111,10 @@ __global__ void __launch_bounds__(kThreads) logprob_kernel(LogprobArgs args) {
 }
 
 // The gradient is computed number by number, so alignment may choose which thread does it: stores
-// are always aligned, what stands before the first and behind the last pack is stored singly.
+// are always aligned, what stands before the first and behind the last pack is stored singly. It
+// goes from the end of the row, which a forward pass before it read last.
 template <class T, bool ENTROPY>
-__global__ void __launch_bounds__(kThreads) logprob_backward_kernel(LogprobBackwardArgs args) {
+RLHF_HD void backward_row(const LogprobBackwardArgs& args) {
   constexpr int N = Pack<T>::kSize;
   const LogitRows& in = args.in;
   const int64_t row = blockIdx.x;
@@ -146,7 +147,8 @@ __global__ void __launch_bounds__(kThreads) logprob_backward_kernel(LogprobBackw
   const int single = threadIdx.x < head ? threadIdx.x : tail + static_cast<int>(threadIdx.x) - head;
   if (single < vocabulary) out[single] = gradient(z[single]);
 #pragma unroll 2
-  for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+  for (int i = packs - 1 - static_cast<int>(threadIdx.x); i >= 0;
+       i -= static_cast<int>(blockDim.x)) {
     const int begin = head + i * N;
     Pack<T> pack = {};
     if (live && begin + 2 * N <= vocabulary) {  // as load_pack asks for
@@ -162,6 +164,23 @@ __global__ void __launch_bounds__(kThreads) logprob_backward_kernel(LogprobBackw
   if (!live || !known) return;
   __syncthreads();  // orders the store below behind that of the loop; `live` is the whole block's
   if (threadIdx.x == 0) convert(logit_gradient<ENTROPY, true>(chosen, c), out[y]);
+}
+
+template <class T, bool WEIGHTED>
+__global__ void __launch_bounds__(kThreads) logprob_kernel(LogprobArgs args) {
+  forward_row<T, WEIGHTED>(args);
+}
+
+template <class T, bool ENTROPY>
+__global__ void __launch_bounds__(kThreads) logprob_backward_kernel(LogprobBackwardArgs args) {
+  backward_row<T, ENTROPY>(args);
+}
+
+template <class T, bool ENTROPY>
+__global__ void __launch_bounds__(kThreads) logprob_and_grad_kernel(LogprobGradArgs args) {
+  forward_row<T, true>(args.forward);
+  __syncthreads();  // thread 0 has written what all read
+  backward_row<T, ENTROPY>(args.backward);
 }
 
 std::string describe(const char* op, const LogitRows& in) {
@@ -205,6 +224,22 @@ void logprob_backward(const LogprobBackwardArgs& args, int device, void* stream)
       logprob_backward_kernel<decltype(type), true><<<grid, threads, 0, queue>>>(args);
     else
       logprob_backward_kernel<decltype(type), false><<<grid, threads, 0, queue>>>(args);
+  });
+  check_launch(what);
+}
+
+void logprob_and_grad(const LogprobGradArgs& args, int device, void* stream) {
+  const LogitRows& in = args.forward.in;
+  const std::string what = describe("logprob_entropy_and_grad", in);
+  const unsigned grid = grid_of(in.rows, what);
+  const int threads = threads_of(in, what);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  DeviceGuard guard(device);
+  with_type(in.dtype, [&](auto type) {
+    if (args.backward.grad_entropy)
+      logprob_and_grad_kernel<decltype(type), true><<<grid, threads, 0, queue>>>(args);
+    else
+      logprob_and_grad_kernel<decltype(type), false><<<grid, threads, 0, queue>>>(args);
   });
   check_launch(what);
 }

@@ -41,15 +41,23 @@ struct LogprobBackwardArgs {
   void* out;  // [rows, vocabulary]; may be the logits themselves where those are contiguous
 };
 
+// Values and gradient in one pass: `backward` reads what `forward` writes.
+struct LogprobGradArgs {
+  LogprobArgs forward;
+  LogprobBackwardArgs backward;
+};
+
 namespace cuda {
 void logprob(const LogprobArgs& args, int device, void* stream);
 void logprob_backward(const LogprobBackwardArgs& args, int device, void* stream);
+void logprob_and_grad(const LogprobGradArgs& args, int device, void* stream);
 }  // namespace cuda
 
 }  // namespace rlhf
 
 RLHF_CPU_KERNEL(logprob, LogprobArgs)
 RLHF_CPU_KERNEL(logprob_backward, LogprobBackwardArgs)
+RLHF_CPU_KERNEL(logprob_and_grad, LogprobGradArgs)
 
 #if defined(RLHF_ISA)
 #include "common/math.h"

@@ -151,3 +151,48 @@ def kl_divergence_backward(
         (grad_kl, grad_logprob, grad_entropy), logits, ref_logits, ids, mask,
         temperature, temperatures, (row_max, log_sum, ref_row_max, ref_log_sum, kl, entropy), out,
     )  # fmt: skip
+
+
+def _one_pass(logits, ref_logits, ids, grads, mask, temperature, temperatures, out):
+    values = [torch.empty(ids.shape, dtype=torch.float32, device=logits.device) for _ in range(8)]
+    out = gradient_of(logits, out)
+    if ids.numel():
+        pair = _Pair(logits, ref_logits, ids, mask, temperature, temperatures)
+        grads = [flat(x) for x in grads]
+        kernel("kl_and_grad", logits)(
+            *pair.arguments, [address(x) for x in values], [address(x) for x in grads],
+            out.data_ptr(),
+        )  # fmt: skip
+    return *values[:4], out
+
+
+def kl_divergence_and_grad(
+    logits: torch.Tensor,
+    ref_logits: torch.Tensor,
+    ids: torch.Tensor,
+    grad_kl: torch.Tensor,
+    grad_logprob: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """(kl, logprob, ref_logprob, entropy, gradient of the policy's logits)."""
+    grads = grad_kl, grad_logprob, grad_entropy
+    return _one_pass(logits, ref_logits, ids, grads, mask, temperature, temperatures, None)
+
+
+def kl_divergence_and_grad_inplace(
+    logits: torch.Tensor,
+    ref_logits: torch.Tensor,
+    ids: torch.Tensor,
+    grad_kl: torch.Tensor,
+    grad_logprob: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """(kl, logprob, ref_logprob, entropy); the gradient goes over the logits, contiguous ones."""
+    grads = grad_kl, grad_logprob, grad_entropy
+    return _one_pass(logits, ref_logits, ids, grads, mask, temperature, temperatures, logits)[:4]

@@ -47,6 +47,47 @@ def _exact(op, sizes, dtype=torch.float32, **options) -> Case:
     )
 
 
+KL_COEF, ENTROPY_COEF = 0.1, -0.01
+
+
+def _make_one_pass(dtype, N, V):
+    return {**_make_logits(dtype, N, V), "grad_logprob": inputs.normal(N, seed=2)}
+
+
+def _ours_one_pass(logits, ref_logits, ids, grad_logprob):
+    return tuple(
+        rlhf_fast.kl_divergence_and_grad(
+            logits, ref_logits, KL_COEF, ids=ids, grad_logprob=grad_logprob,
+            grad_entropy=ENTROPY_COEF,
+        )
+    )  # fmt: skip
+
+
+def _eager_one_pass(logits, ref_logits, ids, grad_logprob):
+    with torch.enable_grad():
+        z = logits.detach().requires_grad_()
+        kl, logprob, ref_logprob, entropy = eager.kl_full(z, ref_logits, ids)
+        loss = (KL_COEF * kl + grad_logprob * logprob + ENTROPY_COEF * entropy).sum()
+        (grad,) = torch.autograd.grad(loss, z)
+    return *(x.detach() for x in (kl, logprob, ref_logprob, entropy)), grad
+
+
+def _one_pass(sizes, dtype=torch.float32, **options) -> Case:
+    n, v = sizes["N"], sizes["V"]
+    return Case(
+        op="kl_divergence_and_grad",
+        sizes=sizes,
+        dtype=dtype,
+        make=_make_one_pass,
+        ours=_ours_one_pass,
+        eager=_eager_one_pass,
+        bytes=3 * n * v * dtype.itemsize + 48 * n,
+        flops=20 * n * v,
+        note="plain PyTorch runs forward and backward",
+        **options,
+    )
+
+
 def _make_estimate(dtype, B, T):
     batch = inputs.reward_batch(B, T)
     return {name: batch[name] for name in ("logprob", "ref_logprob", "mask")}
@@ -81,8 +122,11 @@ CASES = [
     _exact("kl_divergence_full", shapes.LOGITS_KL, devices=("cpu",)),
     _exact("kl_divergence", shapes.LOGITS_GPU, torch.bfloat16, devices=("cuda",)),
     _exact("kl_divergence_full", shapes.LOGITS_GPU, torch.bfloat16, devices=("cuda",)),
+    _one_pass(shapes.LOGITS_KL, devices=("cpu",)),
+    _one_pass(shapes.LOGITS_GPU, torch.bfloat16, devices=("cuda",)),
     _estimate(shapes.TOKENS),
     _exact("kl_divergence", shapes.LOGITS_QUICK, quick=True),
     _exact("kl_divergence_full", shapes.LOGITS_QUICK, quick=True),
+    _one_pass(shapes.LOGITS_QUICK, quick=True),
     _estimate(shapes.TOKENS_QUICK, quick=True),
 ]

@@ -224,7 +224,7 @@ def kl_estimate(
     )  # fmt: skip
 
 
-def _prepare(logits, ref_logits, mask, temperature):
+def prepare(logits, ref_logits, mask, temperature):
     _args.check_float_tensor("logits", logits)
     _args.check_float_tensor("ref_logits", ref_logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
@@ -272,7 +272,7 @@ def kl_divergence(
     >>> rlhf_fast.kl_divergence(torch.tensor([0.0, -torch.inf]), torch.zeros(2))
     tensor(0.6931)
     """
-    arguments = _prepare(logits, ref_logits, mask, temperature)
+    arguments = prepare(logits, ref_logits, mask, temperature)
     return torch.ops.rlhf_fast.kl_divergence(*arguments, _dispatch.requested("kl_divergence"))[0]
 
 
@@ -305,7 +305,7 @@ def kl_divergence_full(
     >>> rlhf_fast.kl_divergence_full(z, z, torch.tensor([1])).ref_logprob
     tensor([-0.6931])
     """
-    logits, ref_logits, *options = _prepare(logits, ref_logits, mask, temperature)
+    logits, ref_logits, *options = prepare(logits, ref_logits, mask, temperature)
     _args.check_ids("ids", ids)
     _args.check_shape("ids", ids, logits.shape[:-1], "logits' shape without V")
     _args.check_device("ids", ids, logits.device, "logits")

@@ -210,3 +210,45 @@ def kl_divergence_backward(
             log_sum, entropy,
         )  # fmt: skip
     return dz.to(logits.dtype).contiguous()
+
+
+def kl_divergence_and_grad(
+    logits: torch.Tensor,
+    ref_logits: torch.Tensor,
+    ids: torch.Tensor,
+    grad_kl: torch.Tensor,
+    grad_logprob: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """(kl, logprob, ref_logprob, entropy, gradient of the policy's logits)."""
+    options = (mask, temperature, temperatures)
+    *values, entropy, row_max, log_sum, ref_row_max, ref_log_sum = kl_divergence_full(
+        logits, ref_logits, ids, *options
+    )
+    saved = (row_max, log_sum, ref_row_max, ref_log_sum, values[0], entropy)
+    grads = grad_kl, grad_logprob, grad_entropy
+    grad = kl_divergence_backward(*grads, logits, ref_logits, ids, *options, *saved)
+    return *values, entropy, grad
+
+
+def kl_divergence_and_grad_inplace(
+    logits: torch.Tensor,
+    ref_logits: torch.Tensor,
+    ids: torch.Tensor,
+    grad_kl: torch.Tensor,
+    grad_logprob: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """(kl, logprob, ref_logprob, entropy); the gradient replaces the policy's logits."""
+    options = (mask, temperature, temperatures)
+    *values, grad = kl_divergence_and_grad(
+        logits, ref_logits, ids, grad_kl, grad_logprob, grad_entropy, *options
+    )
+    logits.copy_(grad)
+    return tuple(values)

@@ -83,3 +83,48 @@ def logprob_backward(
         run = kernel("logprob_backward", logits)
         run(rows.arguments, *place(logits), *map(address, vectors), out.data_ptr())
     return out
+
+
+def _one_pass(grad_logprob, grad_entropy, logits, ids, options, out):
+    values = [torch.empty(ids.shape, dtype=torch.float32, device=logits.device) for _ in range(4)]
+    out = gradient_of(logits, out)
+    if ids.numel():
+        rows = LogitRows(logits, ids, *options)
+        grads = flat(grad_logprob), flat(grad_entropy)
+        kernel("logprob_and_grad", logits)(
+            rows.arguments, *place(logits), *map(address, values), *map(address, grads),
+            out.data_ptr(),
+        )  # fmt: skip
+    return *values[:2], out
+
+
+def logprob_entropy_and_grad(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    grad_logprob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob, entropy, gradient of the logits)."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
+    return _one_pass(grad_logprob, grad_entropy, logits, ids, options, None)
+
+
+def logprob_entropy_and_grad_inplace(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    grad_logprob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logprob, entropy); the gradient goes over the logits, which are contiguous."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
+    return _one_pass(grad_logprob, grad_entropy, logits, ids, options, logits)[:2]

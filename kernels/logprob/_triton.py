@@ -1,9 +1,10 @@
 """Token log-probability and entropy in Triton: one program per row.
 
 The forward reads each logit once and keeps a softmax state per lane; the backward reads once and
-writes once. Nothing crosses rows, nothing is atomic, and no sum's order depends on the layout of
-the input, so a row gives the same bits in any batch. `row_max` is here the largest logit before the
-temperature: (z - max) / t loses nothing under a common offset, where z / t - max / t would.
+writes once, from the end of the row, which a forward in the same program read last. Nothing crosses
+rows, nothing is atomic, and no sum's order depends on the layout of the input, so a row gives the
+same bits in any batch. `row_max` is here the largest logit before the temperature: (z - max) / t
+loses nothing under a common offset, where z / t - max / t would.
 
 On CUDA, where ids are not checked, an id out of range reads no memory and gives NaN.
 """
@@ -123,8 +124,9 @@ def _backward_kernel(
             h = tl.load(grad_entropy_ptr + row) * rate
             mean = log_sum - tl.load(entropy_ptr + row)
         tl.debug_barrier()  # out may be the logits: all warps have read the token's by now
-        for start in range(0, V, BLOCK_V):
-            cols = start + lane
+        last = (V - 1) // BLOCK_V * BLOCK_V
+        for back in range(0, V, BLOCK_V):
+            cols = last - back + lane
             inside = cols < V
             z = tl.load(base + cols, mask=inside, other=float("-inf")).to(tl.float32)
             if HAS_SOFTCAP:
@@ -143,6 +145,26 @@ def _backward_kernel(
             cols = start + lane
             zeros = tl.zeros([BLOCK_V], out_ptr.dtype.element_ty)
             tl.store(out_ptr + cols, zeros, mask=cols < V)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "inner"])
+def _one_pass_kernel(
+    grad_logprob_ptr, grad_entropy_ptr, logits_ptr, ids_ptr, mask_ptr, temperatures_ptr,
+    logprob_ptr, entropy_ptr, max_ptr, log_sum_ptr, out_ptr, inner, stride_outer, stride_inner, V,
+    ignore_index, inv_temperature, softcap, HAS_SOFTCAP: tl.constexpr, LOG2_LANES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    _forward_kernel(
+        logits_ptr, ids_ptr, mask_ptr, temperatures_ptr, logprob_ptr, entropy_ptr, max_ptr,
+        log_sum_ptr, inner, stride_outer, stride_inner, V, ignore_index, inv_temperature, softcap,
+        HAS_SOFTCAP, LOG2_LANES,
+    )  # fmt: skip
+    tl.debug_barrier()  # all warps see what the forward has stored
+    _backward_kernel(
+        grad_logprob_ptr, grad_entropy_ptr, logits_ptr, ids_ptr, mask_ptr, temperatures_ptr,
+        max_ptr, log_sum_ptr, entropy_ptr, out_ptr, inner, stride_outer, stride_inner, V,
+        ignore_index, inv_temperature, softcap, HAS_SOFTCAP, BLOCK_V,
+    )  # fmt: skip
 
 
 def _aot(kernel, dtype, log2_lanes, warps, *, entropy=True, temperatures=False, softcap=False):
@@ -172,7 +194,7 @@ def _aot(kernel, dtype, log2_lanes, warps, *, entropy=True, temperatures=False, 
 # What tests/test_triton_aot.py compiles without a GPU: (kernel, types, constants, warps).
 AOT_SIGNATURES = [
     _aot(kernel, dtype, log2_lanes, warps, **options)
-    for kernel in (_forward_kernel, _backward_kernel)
+    for kernel in (_forward_kernel, _backward_kernel, _one_pass_kernel)
     for dtype, (_, log2_lanes, warps), options in (
         *(("bf16", shape, {}) for shape in SHAPES),
         ("fp32", SHAPES[-1], {}),
@@ -273,3 +295,56 @@ def logprob_backward(
                 num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return out
+
+
+def _one_pass(grad_logprob, grad_entropy, logits, ids, options, out):
+    mask, temperature, temperatures, softcap, ignore_index = options
+    logprob, entropy, row_max, log_sum = (
+        torch.empty(ids.shape, dtype=torch.float32, device=logits.device) for _ in range(4)
+    )
+    out = gradient_of(logits, out)
+    if ids.numel():
+        vocabulary = logits.shape[-1]
+        log2_lanes, warps = _shape(vocabulary)
+        logits, inner, stride_outer, stride_inner = rows_of(logits)
+        with on_device_of(logits):
+            _one_pass_kernel[(ids.numel(),)](
+                flat(grad_logprob), flat(grad_entropy), logits, flat(ids), flat(mask),
+                flat(temperatures), logprob, entropy, row_max, log_sum, out, inner, stride_outer,
+                stride_inner, vocabulary, ignore_index, inverse(temperature), softcap or 0.0,
+                softcap is not None, log2_lanes, 2 << log2_lanes,
+                num_warps=warps, enable_fp_fusion=False,
+            )  # fmt: skip
+    return logprob, entropy, out
+
+
+def logprob_entropy_and_grad(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    grad_logprob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob, entropy, gradient of the logits)."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
+    return _one_pass(grad_logprob, grad_entropy, logits, ids, options, None)
+
+
+def logprob_entropy_and_grad_inplace(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    grad_logprob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logprob, entropy); the gradient goes over the logits, which are contiguous."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
+    return _one_pass(grad_logprob, grad_entropy, logits, ids, options, logits)[:2]

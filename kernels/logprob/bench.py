@@ -1,4 +1,4 @@
-"""Benchmark cases of `logprob` and `logprob_entropy`."""
+"""Benchmark cases of `logprob`, `logprob_entropy` and `logprob_entropy_and_grad`."""
 
 import torch
 
@@ -45,6 +45,40 @@ def _entropy_and_gradient(sizes, dtype=torch.float32, **options) -> Case:
     )
 
 
+ENTROPY_COEF = -0.01
+
+
+def _make_one_pass(dtype, N, V):
+    return {**_make(dtype, N, V), "grad_logprob": inputs.normal(N, seed=2)}
+
+
+def _eager_one_pass(logits, ids, grad_logprob):
+    with torch.enable_grad():
+        z = logits.detach().requires_grad_()
+        logprob, entropy = eager.logprob_entropy(z, ids)
+        loss = (grad_logprob * logprob + ENTROPY_COEF * entropy).sum()
+        (grad,) = torch.autograd.grad(loss, z)
+    return logprob.detach(), entropy.detach(), grad
+
+
+def _one_pass(sizes, dtype=torch.float32, **options) -> Case:
+    n, v = sizes["N"], sizes["V"]
+    return Case(
+        op="logprob_entropy_and_grad",
+        sizes=sizes,
+        dtype=dtype,
+        make=_make_one_pass,
+        ours=lambda logits, ids, grad_logprob: tuple(
+            rlhf_fast.logprob_entropy_and_grad(logits, ids, grad_logprob, grad_entropy=ENTROPY_COEF)
+        ),
+        eager=_eager_one_pass,
+        bytes=2 * n * v * dtype.itemsize + 24 * n,
+        flops=14 * n * v,
+        note="plain PyTorch runs forward and backward",
+        **options,
+    )
+
+
 CASES = [
     _forward(shapes.LOGITS, devices=("cpu",)),
     _forward(shapes.LOGITS, torch.bfloat16, devices=("cpu",)),
@@ -52,6 +86,9 @@ CASES = [
     _forward(shapes.LOGITS_GPU, torch.bfloat16, devices=("cuda",)),
     _entropy_and_gradient(shapes.LOGITS_BACKWARD, devices=("cpu",)),
     _entropy_and_gradient(shapes.LOGITS_GPU, torch.bfloat16, devices=("cuda",)),
+    _one_pass(shapes.LOGITS_BACKWARD, devices=("cpu",)),
+    _one_pass(shapes.LOGITS_GPU, torch.bfloat16, devices=("cuda",)),
     _forward(shapes.LOGITS_QUICK, quick=True),
     _entropy_and_gradient(shapes.LOGITS_QUICK, torch.bfloat16, quick=True),
+    _one_pass(shapes.LOGITS_QUICK, torch.bfloat16, quick=True),
 ]

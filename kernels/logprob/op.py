@@ -11,7 +11,7 @@ from rlhf_fast import _args, _dispatch
 for _op in ("logprob", "logprob_entropy"):
     _dispatch.implementations(_op, __package__)
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "Tensor logits, Tensor ids, Tensor? mask, float temperature, Tensor? temperatures, "
     "float? softcap, int ignore_index"
 )
@@ -63,19 +63,19 @@ def _fake_backward(grad_logprob, grad_entropy, logits, *_):
 
 _dispatch.define(
     "logprob",
-    f"logprob({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor)",
+    f"logprob({ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_logprob,
     check=_check,
 )
 _dispatch.define(
     "logprob_entropy",
-    f"logprob_entropy({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"logprob_entropy({ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_logprob_entropy,
     check=_check,
 )
 _dispatch.define(
     "logprob",
-    f"logprob_backward(Tensor grad_logprob, Tensor? grad_entropy, {_ARGUMENTS}, Tensor row_max, "
+    f"logprob_backward(Tensor grad_logprob, Tensor? grad_entropy, {ARGUMENTS}, Tensor row_max, "
     "Tensor log_sum, Tensor? entropy, str backend) -> Tensor",
     fake=_fake_backward,
     dtype_of=2,
@@ -136,7 +136,7 @@ def as_temperature(
     return 1.0, values.expand(shape).contiguous()
 
 
-def _prepare(logits, ids, temperature, mask, ignore_index, softcap):
+def prepare(logits, ids, temperature, mask, ignore_index, softcap):
     _args.check_float_tensor("logits", logits)
     _args.check_ids("ids", ids)
     if logits.ndim < 1 or logits.shape[-1] < 1:
@@ -188,7 +188,7 @@ def logprob(
     >>> rlhf_fast.logprob(logits, torch.tensor([1, 0]))
     tensor([-0.6931,  0.0000])
     """
-    arguments = _prepare(logits, ids, temperature, mask, ignore_index, softcap)
+    arguments = prepare(logits, ids, temperature, mask, ignore_index, softcap)
     return torch.ops.rlhf_fast.logprob(*arguments, _dispatch.requested("logprob"))[0]
 
 
@@ -217,6 +217,6 @@ def logprob_entropy(
     >>> rlhf_fast.logprob_entropy(torch.zeros(1, 4), torch.tensor([2])).entropy
     tensor([1.3863])
     """
-    arguments = _prepare(logits, ids, temperature, mask, ignore_index, softcap)
+    arguments = prepare(logits, ids, temperature, mask, ignore_index, softcap)
     out = torch.ops.rlhf_fast.logprob_entropy(*arguments, _dispatch.requested("logprob_entropy"))
     return LogprobEntropy(out[0], out[1])

@@ -145,3 +145,41 @@ def logprob_backward(
         z = torch.where(live.unsqueeze(-1), logits, logits.new_zeros(())).to(du.dtype)
         du = du * (1 - torch.tanh(z / softcap) ** 2)
     return torch.where(live.unsqueeze(-1), du / t, 0.0).to(logits.dtype).contiguous()
+
+
+def logprob_entropy_and_grad(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    grad_logprob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprob, entropy, gradient of the logits in their dtype), as the two functions above."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
+    logprob, entropy, *saved = logprob_entropy(logits, ids, *options)
+    grad = logprob_backward(grad_logprob, grad_entropy, logits, ids, *options, *saved, entropy)
+    return logprob, entropy, grad
+
+
+def logprob_entropy_and_grad_inplace(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    grad_logprob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logprob, entropy); the gradient replaces the logits."""
+    options = (mask, temperature, temperatures, softcap, ignore_index)
+    logprob, entropy, grad = logprob_entropy_and_grad(
+        logits, ids, grad_logprob, grad_entropy, *options
+    )
+    logits.copy_(grad)
+    return logprob, entropy
