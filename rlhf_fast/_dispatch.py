@@ -210,6 +210,11 @@ def implementations(
     }
 
 
+def serve(op: str, name: str) -> None:
+    """Have `choose` look for the function `name` in the files of `op`'s row."""
+    _OWNER[name] = op
+
+
 def define(
     op: str,
     schema: str,
@@ -225,7 +230,7 @@ def define(
     `dtype_of` is the tensor whose device and dtype select the implementation.
     """
     name = schema.split("(")[0]
-    _OWNER[name] = op
+    serve(op, name)
     LIB.define(schema)
 
     def run(*args: Any) -> Any:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import rlhf_fast
+from rlhf_fast import _dispatch
+from rlhf_fast.kernels.ppo_loss import reference
 from rlhf_fast.testing import (
     assert_accurate,
     assert_same_bits,
@@ -285,6 +287,18 @@ def test_a_changed_gradient_changes_no_later_one(backend):
     x["logprob"].grad = None
     (rlhf_fast.policy_loss(**x).loss + rlhf_fast.policy_loss(**x).loss).backward()
     assert_same_bits("two losses", x["logprob"].grad, 2 * first)
+
+
+@pytest.mark.parametrize("upstream", [-2.5, 0.0, math.inf, math.nan])
+@pytest.mark.parametrize("shape", [(3, 700), (0, 5)])
+def test_scaling_of_unit_gradients_has_the_same_bits(backend, shape, upstream):
+    device = torch.device(device_of(backend))
+    unit = randn(*shape, seed=3).to(device)
+    unit[:, ::3] = 0.0
+    grad = torch.tensor(upstream, device=device)
+    ours = _dispatch.choose("scale_unit_gradient", device.type, unit.dtype, backend)(grad, unit)
+    plain = reference.scale_unit_gradient(grad, unit)
+    assert_same_bits("gradient", ours + 0.0, plain + 0.0)  # a zero may have either sign
 
 
 def test_gradcheck_of_the_reference():

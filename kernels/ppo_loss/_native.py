@@ -10,7 +10,9 @@ from rlhf_fast import _C
 from rlhf_fast.kernels._common.native import ESTIMATORS, address
 
 from ._kernels import KINDS, LOSSES, REDUCTIONS, bounds
-from .reference import STATS
+from .reference import STATS, scale_unit_gradient
+
+__all__ = ["policy_loss", "ppo_loss", "scale_unit_gradient", "value_loss"]
 
 
 def _launch(tokens, grads, normalizer, divisor, kind, estimator, reduction, clips, coefficients):

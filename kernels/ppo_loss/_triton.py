@@ -41,6 +41,7 @@ from .reference import STATS
 SHAPES = ((128, 7, 1), (None, 9, 4))
 PART = 8  # blocks of a part
 FINISH = 8, 10, 8  # log2 of the parts and of the rows that are read at once; warps
+SCALE_BLOCK = 1024  # elements: 8 per thread of 4 warps
 # The interpreter runs rows of tests: small blocks, so that they have several parts.
 INTERPRETER_SHAPE, INTERPRETER_FINISH = (4, 1), (2, 1, 1)
 
@@ -240,6 +241,28 @@ def _launch(tokens, grads, normalizer, divisor, kind, estimator, reduction, clip
     return loss, stats
 
 
+@triton.jit(do_not_specialize=["size"])
+def scale_kernel(grad_ptr, unit_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """grad * unit; 0 stays 0 where grad overflowed: a masked token gets nothing, not 0 * inf."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    unit = tl.load(unit_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr).to(tl.float32)
+    tl.store(out_ptr + i, tl.where(unit == 0.0, 0.0, unit * grad), mask=inside)
+
+
+def scale_unit_gradient(grad: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """grad * unit, where grad is a scalar on the device."""
+    unit = unit.contiguous()
+    out = torch.empty_like(unit)
+    if size := unit.numel():
+        with on_device_of(unit):
+            scale_kernel[(triton.cdiv(size, SCALE_BLOCK),)](
+                grad, unit, out, size, SCALE_BLOCK, num_warps=4, enable_fp_fusion=False
+            )
+    return out
+
+
 policy_loss, value_loss, ppo_loss = (partial(loss, _launch) for loss in LOSSES)
 
 _FLOATS = (
@@ -288,5 +311,11 @@ AOT_SIGNATURES = [
     *(_aot_loss(SHAPES[-1][1:], kind, (*_POLICY_ALONE, *_NO_REINFORCE)) for kind in (0, 3, 4)),
     _aot_loss(SHAPES[-1][1:], 1, (*_POLICY_ALONE, "grad_advantages"), 3),
     _aot_loss(SHAPES[-1][1:], 2, (*_POLICY_ALONE, "means"), 1),
+    (
+        scale_kernel,
+        {"grad_ptr": "*fp32:16", "unit_ptr": "*fp32:16", "out_ptr": "*fp32:16", "size": "i32"},
+        {"BLOCK": SCALE_BLOCK},
+        4,
+    ),
     _aot(finish_kernel, FINISH[2], REDUCTION=0, LOG2_LANES=FINISH[0], LOG2_ROWS=FINISH[1]),
 ]

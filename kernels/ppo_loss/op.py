@@ -6,7 +6,6 @@ the upstream gradient, a scalar. So a loss with its statistics and gradients is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -141,10 +140,9 @@ _dispatch.define(
 
 
 def _scale(grad, unit, source):
-    # 0 stays 0 where the upstream gradient overflowed: a masked token gets nothing, not 0 * inf.
-    if grad.device.type == "cpu" and math.isfinite(grad):
-        return unit * grad
-    return torch.where(unit == 0, 0.0, unit * grad)
+    # Every backend rounds the product alike, so the device alone chooses.
+    scale = _dispatch.choose("scale_unit_gradient", unit.device.type, unit.dtype, "")
+    return scale(grad, unit)
 
 
 def scaled(grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -163,6 +161,7 @@ def scaled(grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor) -> torc
 
 # grad * unit, as an op of its own so that a second derivative raises: `source`, the tensor whose
 # gradient this is, does not enter the product and is there to keep the result in the graph.
+_dispatch.serve("ppo_loss", "scale_unit_gradient")
 _dispatch.LIB.define("scale_unit_gradient(Tensor grad, Tensor unit, Tensor source) -> Tensor")
 _dispatch.LIB.impl("scale_unit_gradient", _scale, "CompositeExplicitAutograd")
 torch.library.register_fake(

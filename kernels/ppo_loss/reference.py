@@ -10,6 +10,7 @@ arithmetic is done. A loss comes with its gradient for an upstream gradient of 1
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -386,3 +387,11 @@ def ppo_loss(
         unit = unit + unit_extra
     # A loss without value, entropy and KL term is the policy's own tensor: outputs share nothing.
     return loss.clone(), _stacked(stats), unit, unit_values, unit_entropy
+
+
+def scale_unit_gradient(grad: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """grad * unit. 0 stays 0 where the upstream gradient, a scalar, overflowed: a masked token gets
+    nothing, not 0 * inf."""
+    if grad.device.type == "cpu" and math.isfinite(grad):
+        return unit * grad
+    return torch.where(unit == 0, 0.0, unit * grad)
