@@ -116,6 +116,17 @@ def test_no_pair_at_all(backend):
     assert not x.grad.any()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])  # a processor's NaN, a GPU's
+def test_a_nan_that_counts_is_not_hidden(backend, bits):
+    x = torch.arange(20.0).view(2, 10)
+    x.view(torch.int32)[0, 9] = bits
+    x, ranks = x.to(device_of(backend)), torch.arange(20, device=device_of(backend)).view(2, 10)
+    x.requires_grad_()
+    out = rlhf_fast.ranking_loss(x, ranks)
+    out.backward()
+    assert out.isnan() and x.grad[0].isnan().all() and x.grad[1].isfinite().all()
+
+
 def test_far_apart_scores_are_exact(backend):
     """-log sigmoid(-200) is 200 with slope 1, and that of +200 is 0 and not NaN."""
     x = torch.tensor([[200.0, 0.0], [0.0, 200.0], [1e4, -1e4]], device=device_of(backend))

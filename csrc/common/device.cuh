@@ -28,7 +28,8 @@ RLHF_HD float min(float a, float b) { return a < b ? a : b; }
 RLHF_HD float abs(float x) { return fabsf(x); }
 RLHF_HD float fma(float a, float b, float c) { return fmaf(a, b, c); }
 RLHF_HD float times_power_of_2(float x, float, float shifted) {
-  return __uint_as_float(__float_as_uint(x) + (__float_as_uint(shifted) << 23));
+  const float y = __uint_as_float(__float_as_uint(x) + (__float_as_uint(shifted) << 23));
+  return x == x ? y : x;  // CUDA's NaN, 0x7fffffff, would become 3.4e38
 }
 
 // 2^x to 2 ulp in one instruction; results below 2^-126 are 0.

@@ -87,7 +87,8 @@ inline Vec times_power_of_2(Vec x, [[maybe_unused]] Vec n, [[maybe_unused]] Vec 
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(x, n);
 #else
-  return bits_of<Vec>(bits_of<UintVec>(x) + (bits_of<UintVec>(shifted) << 23));
+  const Vec y = bits_of<Vec>(bits_of<UintVec>(x) + (bits_of<UintVec>(shifted) << 23));
+  return x == x ? y : x;  // the NaN 0x7fffffff, which GPUs make, would become 3.4e38
 #endif
 }
 

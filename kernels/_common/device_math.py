@@ -38,7 +38,8 @@ def accurate_exp2(x):
     series = tl.fma(f, series, LN_2)
     series = tl.fma(f, series, 1.0)
     bits = series.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
-    return bits.to(tl.float32, bitcast=True)
+    # A GPU's NaN, 0x7fffffff, would become 3.4e38.
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit

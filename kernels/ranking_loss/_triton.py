@@ -30,7 +30,6 @@ LOG2_BLOCK, PROGRAMS, WARPS = 10, 512, 4
 def _pair(x):
     """(-log sigmoid(x), sigmoid(-x)), as in csrc/ranking_loss/ranking_loss.h."""
     e = accurate_exp2(tl.abs(x) * -LOG2_E)
-    e = tl.where(x == x, e, x)
     # log(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3; the first term left out is 1e-9 of the sum.
     s = tl.div_rn(e, e + 2.0)
     square = s * s
