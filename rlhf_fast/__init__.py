@@ -4,6 +4,7 @@ import importlib
 
 from rlhf_fast._dispatch import backends, use_backend
 from rlhf_fast._invariant import batch_invariant
+from rlhf_fast.head import Head, causal_lm_head, model_logprob
 from rlhf_fast.kernels.advantages import (
     Advantages,
     group_advantages,
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GAE",
     "Advantages",
+    "Head",
     "KLFull",
     "KLGrad",
     "LogprobEntropy",
@@ -58,6 +60,7 @@ __all__ = [
     "Sample",
     "backends",
     "batch_invariant",
+    "causal_lm_head",
     "discounted_returns",
     "gae",
     "gae_packed",
@@ -74,6 +77,7 @@ __all__ = [
     "logprob",
     "logprob_entropy",
     "logprob_entropy_and_grad",
+    "model_logprob",
     "policy_loss",
     "ppo_advantages",
     "ppo_loss",

@@ -77,20 +77,19 @@ def response_logprobs(
 ) -> tuple[torch.Tensor, ...]:
     """(log-probs [N, T],) of the responses, in nats; with `entropy` also entropies [N, T].
 
-    Only the logits that predict a response token are computed: never [N, S + T, V].
+    The logits [N, S + T, V] never exist: see `rlhf_fast.model_logprob`.
     """
-    length = part.ids.shape[1]
-    logits = model(
-        input_ids=part.sequence,
-        attention_mask=part.sequence_mask,
+    found = rlhf_fast.model_logprob(
+        model,
+        part.sequence,
+        part.sequence_mask,
+        last=part.ids.shape[1],
+        mask=part.mask,
+        temperature=temperature,
+        entropy=entropy,
         position_ids=positions(part.sequence_mask),
-        logits_to_keep=length + 1,
-        use_cache=False,
-    ).logits[:, :-1]
-    options: dict[str, Any] = {"temperature": temperature, "mask": part.mask}
-    if entropy:
-        return rlhf_fast.logprob_entropy(logits, part.ids, **options)
-    return (rlhf_fast.logprob(logits, part.ids, **options),)
+    )
+    return found if entropy else (found,)
 
 
 def response_values(model: Any, part: Experience) -> torch.Tensor:

@@ -23,13 +23,13 @@ from rlhf_fast.train.run import Run, epochs_to_steps
 
 def token_logprobs(model: Any, batch: Batch) -> torch.Tensor:
     """Log-probs [B, S - 1] of each response token under the model, 0 elsewhere."""
-    logits = model(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
+    return rlhf_fast.model_logprob(
+        model,
+        batch.ids,
+        batch.mask,
+        mask=batch.response[:, 1:],
         position_ids=positions(batch.mask),
-        use_cache=False,
-    ).logits
-    return rlhf_fast.logprob(logits[:, :-1], batch.ids[:, 1:], mask=batch.response[:, 1:])
+    )
 
 
 def cross_entropy(model: Any, batch: Batch) -> torch.Tensor:
