@@ -597,6 +597,22 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cuda::gae(args, device, pointer<void>(stream));
   });
+  m.def("cuda_ppo_loss",
+        [](const LossAddresses& addresses, const LossOptions& options, int64_t rows, int64_t length,
+           Address workspace, int device, Address stream) {
+          const auto args = ppo_loss_args(addresses, options, rows, length, 1);
+          void* const space = required<void>(workspace, "workspace");
+          py::gil_scoped_release released;
+          cuda::ppo_loss(args, space, device, pointer<void>(stream));
+        });
+  m.def("cuda_scale_unit_gradient",
+        [](Address grad, Address unit, Address out, int64_t size, int device, Address stream) {
+          check_positive(size, "size");
+          const auto *g = required<float>(grad, "grad"), *u = required<float>(unit, "unit");
+          auto* const product = required<float>(out, "out");
+          py::gil_scoped_release released;
+          cuda::scale_unit_gradient(g, u, product, size, device, pointer<void>(stream));
+        });
   m.def("cuda_kl_estimate",
         [](Address logprob, Address ref_logprob, Address mask, Address out, int64_t count,
            int estimator, float clamp_in, float clamp_out, int device, Address stream) {

@@ -40,7 +40,7 @@ def readable(names: list[str]) -> list[str]:
     text = "\n".join(names)
     out = subprocess.run(["c++filt"], input=text, check=True, capture_output=True, text=True).stdout
     return [
-        re.search(r"(\w+(?:<[^(]*>)?)\(", line.replace("(anonymous namespace)::", ""))[1].replace(
+        re.search(r"(\w+(?:<.*?>)?)\(", line.replace("(anonymous namespace)::", ""))[1].replace(
             "rlhf::", ""
         )
         for line in out.splitlines()

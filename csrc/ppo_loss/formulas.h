@@ -102,7 +102,8 @@ RLHF_HD PolicyTerm<F> clipped_term(F advantage, F rho, const Clip& clip) {
   const Mask<F> dual = clip.dual > 0.0f ? (advantage < 0.0f) & (loss > cap) : none;
   loss = dual ? cap : loss;
   const F slope = clipped | dual ? splat<F>(0.0f) : plain;
-  return {loss, slope, clipped & (rho < clip.low), clipped & (rho > clip.high), dual};
+  const Mask<F> low = clipped & (rho < clip.low), high = clipped & (rho > clip.high);
+  return {loss, slope, low, high, dual};
 }
 
 // `outside`: the log-ratio is beyond its limit, where no kind with a ratio has a slope.
@@ -115,7 +116,7 @@ RLHF_HD PolicyTerm<F> policy_term(F logprob, F advantage, F rho, Mask<F> outside
   if constexpr (kind == Kind::reinforce) {
     // 0 * -inf: a token without advantage says nothing, however impossible it is.
     const F loss = advantage == 0.0f ? zero : -advantage * logprob;
-    return {loss, -advantage, none, none, none};
+    term = {loss, -advantage, none, none, none};
   } else if constexpr (kind == Kind::cispo) {
     const F slope = -advantage * clamp(rho, splat<F>(clip.low), splat<F>(clip.high));
     const F loss = advantage == 0.0f ? zero : slope * logprob;
@@ -133,7 +134,7 @@ RLHF_HD PolicyTerm<F> policy_term(F logprob, F advantage, F rho, Mask<F> outside
   } else {
     term = clipped_term(advantage, rho, clip);
   }
-  term.slope = outside ? zero : term.slope;
+  if constexpr (kind != Kind::reinforce) term.slope = outside ? zero : term.slope;
   return term;
 }
 

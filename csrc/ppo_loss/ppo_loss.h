@@ -55,8 +55,12 @@ struct PpoLossArgs {
 };
 
 namespace cuda {
-void ppo_loss(const PpoLossArgs& args, int device, void* stream);
-}
+// `workspace`: 80 bytes for each part of 4096 tokens of a row, then 8 for each row.
+void ppo_loss(const PpoLossArgs& args, void* workspace, int device, void* stream);
+// out = grad * unit, where grad is one number.
+void scale_unit_gradient(const float* grad, const float* unit, float* out, int64_t size, int device,
+                         void* stream);
+}  // namespace cuda
 
 }  // namespace rlhf
 

@@ -25,9 +25,8 @@ from ._checks import (
 )
 from .reference import STATS
 
-_NOT_YET = "only the CPU has a native kernel so far"
 for _op in ("policy_loss", "value_loss", "ppo_loss"):
-    _dispatch.implementations(_op, __package__, cuda=_NOT_YET)
+    _dispatch.implementations(_op, __package__)
 
 KINDS = ("ppo", "grpo", "reinforce", "a2c", "cispo", "gspo", "sapo")
 REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")
