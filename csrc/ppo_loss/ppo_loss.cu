@@ -167,12 +167,13 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partials[blockIdx.x] = sums;
 }
 
-__global__ void __launch_bounds__(kFinish)
+template <int THREADS>
+__global__ void __launch_bounds__(THREADS)
     finish_kernel(PpoLossArgs args, const Row* rows, const Partial* partials) {
   const int64_t parts = (args.length + kPart - 1) / kPart;
   const Denominator denominator = denominator_of_all(args, rows);
   Totals total;
-  for (int64_t i = threadIdx.x; i < args.rows * parts; i += kFinish)
+  for (int64_t i = threadIdx.x; i < args.rows * parts; i += THREADS)
     add(total, partials[i], row_scale(args.reduction, rows[i / parts].count));
   total.policy = block_total(total.policy);
   total.value = block_total(total.value);
@@ -228,7 +229,7 @@ void ppo_loss(const PpoLossArgs& args, void* workspace, int device, void* stream
   count_kernel<<<grid_of(args.rows, what), kThreads, 0, queue>>>(
       args, rows, args.logprob && kind == Kind::gspo);
   kernel_of(kind)<<<grid_of(parts, what), kThreads, 0, queue>>>(args, rows, partials);
-  finish_kernel<<<1, kFinish, 0, queue>>>(args, rows, partials);
+  finish_kernel<kFinish><<<1, kFinish, 0, queue>>>(args, rows, partials);
   check_launch(what);
 }
 
