@@ -208,7 +208,7 @@ def _forward(model: Any, inputs: dict[str, Any], use: Callable[[torch.Tensor, He
     return found[0]
 
 
-def _score_mask(mask, attention_mask, shape: tuple[int, int], device) -> torch.Tensor | None:
+def _score_mask(mask, attention_mask, shape: tuple[int, ...], device) -> torch.Tensor | None:
     """[B, T] of tokens that count: `mask`, or those that are no padding and follow none."""
     if mask is not None:
         _args.check_shape("mask", mask, shape, "[B, T] of the tokens that are scored")

@@ -272,9 +272,15 @@ def train_parts(rank, kind, store, results):
     return dist.destroy_process_group()
 
 
-def dtensor_head(rank, store, results):
-    """The recipe of docs/sharded_heads.md for a head whose weight is `Shard(0)`."""
+class LogprobHead(torch.nn.Linear):
+    def forward(self, hidden, ids):
+        return rlhf_fast.linear_logprob_entropy(hidden, self.weight, ids)
+
+
+def sharded_heads(rank, store, results):
+    """docs/sharded_heads.md: a weight that is `Shard(0)`, and a head with a `fully_shard`."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
     torch.set_num_threads(1)
@@ -283,12 +289,18 @@ def dtensor_head(rank, store, results):
     hidden, weight, ids = head_inputs()
     weight = torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
     hidden.requires_grad_()
-    out = rlhf_fast.linear_logprob_entropy(
-        hidden, weight.to_local(), ids, group=mesh.get_group()
-    )  # fmt: skip
+    out = rlhf_fast.linear_logprob_entropy(hidden, weight.to_local(), ids, group=mesh.get_group())
     split_loss(out).backward()
     assert weight.grad.placements == (Shard(0),)
-    found = (out.logprob.detach(), hidden.grad, weight.grad.full_tensor())
+    found = [(out.logprob.detach(), hidden.grad, weight.grad.full_tensor())]
+    hidden, whole, ids = head_inputs()
+    head = LogprobHead(8, V, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(whole)
+    fully_shard(head, mesh=mesh, reshard_after_forward=True)
+    out = head(hidden.requires_grad_(), ids)
+    split_loss(out).backward()
+    found.append((out.logprob.detach(), hidden.grad, head.weight.grad.full_tensor()))
     torch.save(found, f"{results}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -326,13 +338,13 @@ def test_a_head_that_fsdp_frees_is_refused(tmp_path):
 
 
 @needs_processes
-def test_a_dtensor_weight_is_a_slice_of_the_vocabulary(tmp_path):
-    mp.spawn(dtensor_head, (tmp_path / "store", tmp_path), nprocs=2)
+def test_recipes_for_sharded_heads(tmp_path):
+    mp.spawn(sharded_heads, (tmp_path / "store", tmp_path), nprocs=2)
     hidden, weight, ids = head_inputs()
     hidden.requires_grad_(), weight.requires_grad_()
     out = rlhf_fast.linear_logprob_entropy(hidden, weight, ids)
     split_loss(out).backward()
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for value, true in zip(found, (out.logprob, hidden.grad, weight.grad), strict=True):
-            torch.testing.assert_close(value, true.detach(), **CLOSE)
+        for found in torch.load(tmp_path / f"{rank}.pt"):
+            for value, true in zip(found, (out.logprob, hidden.grad, weight.grad), strict=True):
+                torch.testing.assert_close(value, true.detach(), **CLOSE)
