@@ -49,7 +49,7 @@ def test_nothing_spills(measured):
 def test_a_block_fits_on_a_multiprocessor(measured):
     """At most 64 registers keep two of the largest blocks, of 512 threads, on one."""
     for name, row in measured.items():
-        threads = int(match[1]) if (match := re.search(r"<(\d+)>", name)) else 512
+        threads = int(match[1]) if (match := re.search(r"<(\d+)[,>]", name)) else 512
         for architecture, used in row.items():
             assert 2 * used["registers"] * threads <= 65536, f"{name} on {architecture}"
             assert 2 * used["shared"] <= 99 * 1024, f"{name} on {architecture}"
