@@ -247,10 +247,7 @@ def gradients(out, leaves):
 
 
 @over_backends(*EVERY_OP[2:])
-def test_a_head_of_one_token(request, op, backend):
-    if (op, backend) == ("linear_ppo_loss", "reference"):
-        reason = "its scratch is CHUNK_BYTES // row_bytes rows of SLICE columns, here 137 GB"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_a_head_of_one_token(op, backend):
     with rlhf_fast.use_backend(backend):
         leaves, data = inputs_of(op, backend, vocabulary=1)
         out = outputs_of(op, leaves, {**data, "old": torch.full_like(data["old"], -1e-30)})
@@ -276,10 +273,7 @@ def test_an_output_that_is_not_used_takes_no_part(op, backend):
 
 @over_backends(*EVERY_OP)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_changes_no_bit(request, op, backend, reentrant):
-    if not reentrant and op in ("linear_logprob_entropy", "linear_ppo_loss"):
-        reason = "their backward passes read ctx.saved_tensors twice, which it forbids"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_activation_checkpointing_changes_no_bit(op, backend, reentrant):
     with rlhf_fast.use_backend(backend):
         leaves, data = inputs_of(op, backend)
         plain = gradients(outputs_of(op, leaves, data), leaves)

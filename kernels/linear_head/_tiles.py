@@ -144,15 +144,14 @@ class Rows:
         return x if t == 1.0 else x.div_(t)
 
     def scratch(self, name: str, block: slice, columns: slice) -> torch.Tensor:
-        """A buffer of a tile's shape, the same memory at each tile.
+        """A buffer of a tile's shape, the same memory at each tile; the first is the largest.
 
         A fresh tile of 4 MiB costs more in page faults than most of what is done to it.
         """
-        if name not in self.buffers:
-            width = max(SLICE, columns.stop - columns.start)
-            self.buffers[name] = self.hidden.new_empty(self.block * width)
-        rows = min(block.stop, self.hidden.shape[0]) - block.start
         size = columns.stop - columns.start
+        if name not in self.buffers:
+            self.buffers[name] = self.hidden.new_empty(self.block * size)
+        rows = min(block.stop, self.hidden.shape[0]) - block.start
         return self.buffers[name][: rows * size].view(rows, size)
 
     def new(self, *columns: int) -> torch.Tensor:

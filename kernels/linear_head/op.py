@@ -94,9 +94,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _gradient(ctx, grad_logprob, grad_entropy):
     arguments, count = list(ctx.arguments), len(ctx.tensors)
-    for i, x in zip(ctx.tensors, ctx.saved_tensors, strict=False):
+    saved = ctx.saved_tensors  # once: checkpointing allows no second look
+    for i, x in zip(ctx.tensors, saved, strict=False):
         arguments[i] = x
-    logprob, row_max, log_sum, *entropy = ctx.saved_tensors[count:]
+    logprob, row_max, log_sum, *entropy = saved[count:]
     needs = [ctx.needs_input_grad[i] for i in GRADIENTS]
     grads = torch.ops.rlhf_fast.linear_logprob_backward(
         grad_logprob, grad_entropy, *arguments, logprob, row_max, log_sum,

@@ -79,11 +79,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, *_):
-    count = len(ctx.places)
+    saved, count = ctx.saved_tensors, len(ctx.places)
     out = [None] * _COUNT
-    for i, unit, source in zip(
-        ctx.places, ctx.saved_tensors[:count], ctx.saved_tensors[count:], strict=True
-    ):
+    for i, unit, source in zip(ctx.places, saved[:count], saved[count:], strict=True):
         if ctx.needs_input_grad[i]:
             out[i] = scaled(grad, unit, source).to(source.dtype)
     return tuple(out)

@@ -72,7 +72,8 @@ def _one_sweep(rows: Rows, head: Head, local, needs, with_entropy: bool, token_g
     dtype = rows.hidden.dtype
     if not rows.invariant:
         row_bytes = head.weight.shape[0] * dtype.itemsize
-        rows.block = max(INVARIANT_ROWS, CHUNK_BYTES // row_bytes)
+        fit = max(INVARIANT_ROWS, CHUNK_BYTES // row_bytes)
+        rows.block = min(fit, max(rows.count, 1))
     down = head.down(rows)
     gradients = Gradients(head, rows, down, needs, slicewise=False)
     upstream = Upstream(rows, local)
