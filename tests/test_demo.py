@@ -41,8 +41,8 @@ def test_every_stage_leaves_a_model_metrics_and_a_report(demo):
 def test_the_ops_agree_with_plain_pytorch(demo):
     lines = ops.table(demo).splitlines()[1:]
     assert [line.split(",")[0].split()[0] for line in lines] == [
-        "logprob", "logprob_entropy", "shaped_rewards", "gae", "whiten", "ppo_loss", "sample",
-        "ranking_loss",
+        "linear_logprob", "logprob", "logprob_entropy", "shaped_rewards", "gae", "whiten",
+        "ppo_loss", "sample", "ranking_loss",
     ]  # fmt: skip
     assert all(float(line.split()[-1]) < 1e-4 for line in lines)
 

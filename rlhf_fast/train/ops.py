@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,15 +42,32 @@ def _with_gradient(function: Callable[..., Tensors], *leaves: torch.Tensor) -> T
     return *outputs, *torch.autograd.grad(outputs[0].sum(), leaves)
 
 
-def _logits(model: torch.nn.Module, rollout: Experience) -> torch.Tensor:
+def _hidden(model: Any, rollout: Experience) -> torch.Tensor:
+    """Hidden states [N, T, H] that predict the response."""
     with torch.no_grad():
-        return model(
+        states = model.base_model(
             input_ids=rollout.sequence,
             attention_mask=rollout.sequence_mask,
             position_ids=positions(rollout.sequence_mask),
-            logits_to_keep=rollout.ids.shape[1] + 1,
             use_cache=False,
-        ).logits[:, :-1]
+        ).last_hidden_state
+    return states[:, -rollout.ids.shape[1] - 1 : -1]
+
+
+def _head_case(hidden: torch.Tensor, weight: torch.Tensor, rollout: Experience) -> Case:
+    mask, ids = rollout.mask, rollout.ids
+
+    def ours(x: torch.Tensor, w: torch.Tensor) -> Tensors:
+        return (rlhf_fast.linear_logprob(x, w, ids, mask=mask),)
+
+    def plain(x: torch.Tensor, w: torch.Tensor) -> Tensors:
+        return (eager.logprob(x @ w.t(), ids) * mask,)
+
+    return Case(
+        "linear_logprob, gradient",
+        lambda: _with_gradient(ours, hidden, weight),
+        lambda: _with_gradient(plain, hidden, weight),
+    )
 
 
 def _token_cases(config: Config, rollout: Experience, logits: torch.Tensor) -> list[Case]:
@@ -160,12 +177,14 @@ def cases(output: Path) -> list[Case]:
     )
     prompts = [record.prompt for record in load(config.eval_data)][:ROWS]
     rollout = actors.collect(prompts, config.seed, torch.device("cpu"))
-    logits = _logits(policy, rollout)
+    hidden, weight = _hidden(policy, rollout), rlhf_fast.causal_lm_head(policy).weight.detach()
+    logits = hidden @ weight.t()
     ranked = load(output / "data" / "ranked_held_out.jsonl")
     encoded = encode_ranked(tokenizer, config, ranked)[:ROWS]
     with torch.no_grad():
         judged = scores_and_ranks(reward, encoded, batches.pad_id(tokenizer), torch.device("cpu"))
     return [
+        _head_case(hidden, weight, rollout),
         *_token_cases(config, rollout, logits),
         _sample_case(logits[:, 0]),
         _ranking_case(*judged),
@@ -176,7 +195,7 @@ def table(output: Path) -> str:
     """A line per op: ours and plain PyTorch in milliseconds (medians, in turns), the ratio, the
     largest difference of any result or gradient."""
     lines = [
-        f"{'op':<24} {'backend':<10} {'ours':>9} {'plain':>9} {'ratio':>7}  largest difference"
+        f"{'op':<25} {'backend':<10} {'ours':>9} {'plain':>9} {'ratio':>7}  largest difference"
     ]
     for name, ours, plain, expected in cases(output):
         op = name.split(",")[0]
@@ -188,7 +207,7 @@ def table(output: Path) -> str:
         difference = max((a - b).abs().max().item() for a, b in pairs)
         ratio = ms["plain"] / ms["ours"]
         lines.append(
-            f"{name:<24} {backend:<10} {ms['ours']:6.2f} ms {ms['plain']:6.2f} ms {ratio:6.1f}x"
+            f"{name:<25} {backend:<10} {ms['ours']:6.2f} ms {ms['plain']:6.2f} ms {ratio:6.1f}x"
             f"  {difference:.1e}"
         )
     return "\n".join(lines)
