@@ -1,7 +1,7 @@
 """Policy, value and PPO losses: checks, schemas, fakes, autograd.
 
 The forward op returns each gradient for an upstream gradient of 1; the backward multiplies it by
-the upstream gradient, a scalar. So a loss with its statistics and gradients is one launch.
+the upstream gradient, a scalar. So a loss, its statistics and its gradients take one pass over the tokens.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def policy_loss(
     normalizer: float | torch.Tensor | None = None,
     importance_weights: torch.Tensor | None = None,
 ) -> Loss:
-    """Policy-gradient loss of sampled tokens, with its statistics and gradients in one launch.
+    """Policy-gradient loss of sampled tokens, with its statistics and gradients in one call.
 
         rho  = exp(clamp(logprob - old_logprob, +-20)),  c(rho) = clip(rho, 1 - low, 1 + high)
         ppo, grpo   max(-A rho, -A c(rho));  where A < 0 at most -A dual_clip
@@ -290,7 +290,7 @@ def value_loss(
     reduction: str = "token-mean",
     normalizer: float | torch.Tensor | None = None,
 ) -> Loss:
-    """Clipped squared error of the value function, with statistics and gradient in one launch.
+    """Clipped squared error of the value function, with statistics and gradient in one call.
 
         l = 0.5 max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2)
 
@@ -348,7 +348,7 @@ def ppo_loss(
     reduction: str = "token-mean",
     normalizer: float | torch.Tensor | None = None,
 ) -> Loss:
-    """The whole PPO objective: loss, gradients and statistics in one launch.
+    """The whole PPO objective: loss, gradients and statistics in one call.
 
         loss = policy + value_coef value - entropy_coef entropy + kl_coef kl
 
