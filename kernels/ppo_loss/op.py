@@ -1,7 +1,8 @@
 """Policy, value and PPO losses: checks, schemas, fakes, autograd.
 
 The forward op returns each gradient for an upstream gradient of 1; the backward multiplies it by
-the upstream gradient, a scalar. So a loss, its statistics and its gradients take one pass over the tokens.
+the upstream gradient, a scalar. So a loss, its statistics and its
+gradients take one pass over the tokens.
 """
 
 from __future__ import annotations
