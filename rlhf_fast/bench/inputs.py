@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,11 +26,18 @@ def response_mask(B: int, T: int, seed: int = 2) -> Tensor:
     return torch.arange(T) < lengths
 
 
+def _off_bounds(step: Tensor, low: float, high: float) -> Tensor:
+    """`step` with 0 where it lies on a clip's bound: there rounding decides about the gradient."""
+    near = ((step - low).abs() < 1e-5) | ((step - high).abs() < 1e-5)
+    return torch.where(near, 0.0, step)
+
+
 def policy_batch(B: int, T: int) -> dict[str, Tensor]:
     """Log-probs of a policy a few steps after its rollout, advantages and the mask."""
     old = -normal(B, T, seed=3).abs()
+    step = _off_bounds(normal(B, T, seed=4, scale=0.1), math.log(0.8), math.log(1.2))
     return {
-        "logprob": old + normal(B, T, seed=4, scale=0.1),
+        "logprob": old + step,
         "old_logprob": old,
         "advantages": normal(B, T, seed=5),
         "mask": response_mask(B, T),
@@ -38,8 +47,9 @@ def policy_batch(B: int, T: int) -> dict[str, Tensor]:
 def value_batch(B: int, T: int) -> dict[str, Tensor]:
     """Values before and after an update, and the returns."""
     old = normal(B, T, seed=6)
+    step = _off_bounds(normal(B, T, seed=7, scale=0.2), -0.2, 0.2)
     return {
-        "values": old + normal(B, T, seed=7, scale=0.2),
+        "values": old + step,
         "old_values": old,
         "returns": normal(B, T, seed=8),
     }
