@@ -271,7 +271,7 @@ def differentiable(
             return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(name, (torch.autograd.Function,), members)
+    function: Any = type(name, (torch.autograd.Function,), members)
 
     def run(*args: Any) -> Any:
         if forward_ad._current_level >= 0:

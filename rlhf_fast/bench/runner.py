@@ -171,14 +171,15 @@ def _checked(case: Case, calls: Calls, device: str, notes: dict, failures: list)
     The others get a note. Other projects' functions are compared too, and never fail the run.
     """
     errors: dict[str, float] = {}
-    truth = plain = None
+    truth: tuple = ()
+    plain: tuple = ()
     for backend, state in served_by(case.op, device).items():
         if state is not True:
             notes[backend] = str(state)
             continue
         try:
             ours = calls.on(backend)()
-            if truth is None or case.expected is not None:
+            if not truth or case.expected is not None:
                 truth = calls.expected(ours[0], double=True)
                 plain = calls.expected(ours[0], double=False)
             assert_right(case.name, ours, truth, plain)

@@ -89,7 +89,7 @@ def response_logprobs(
         entropy=entropy,
         position_ids=positions(part.sequence_mask),
     )
-    return found if entropy else (found,)
+    return (found,) if isinstance(found, torch.Tensor) else found
 
 
 def response_values(model: Any, part: Experience) -> torch.Tensor:
