@@ -7,7 +7,7 @@ import torch
 
 import rlhf_fast
 from rlhf_fast.bench.memory import peak_bytes
-from rlhf_fast.kernels.linear_head import _chunks, _tiles
+from rlhf_fast.kernels.linear_head import _chunks, _gradients, _tiles
 from rlhf_fast.testing import assert_accurate, assert_same_bits, poisoned_memory, randn
 
 needs_cpu = pytest.mark.skipif(
@@ -55,7 +55,7 @@ def test_only_tokens_with_a_gradient_reach_the_last_products(monkeypatch):
     monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", "1")
     monkeypatch.setattr(_chunks, "MIN_ROWS", 20)
     first, last = [], []
-    product, accumulate = _tiles.product, _tiles.accumulate
+    product, accumulate = _tiles.product, _gradients.accumulate
     leaf = w.clone().requires_grad_()
 
     def watch_product(a, *others):
@@ -68,7 +68,7 @@ def test_only_tokens_with_a_gradient_reach_the_last_products(monkeypatch):
 
     with (
         mock.patch.object(_tiles, "product", watch_product),
-        mock.patch.object(_tiles, "accumulate", watch_accumulate),
+        mock.patch.object(_gradients, "accumulate", watch_accumulate),
     ):
         loss = rlhf_fast.linear_ppo_loss(x, leaf, ids, old, advantages, mask)
     lp = rlhf_fast.linear_logprob(x, w, ids).requires_grad_()

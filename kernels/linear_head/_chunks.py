@@ -22,7 +22,8 @@ from rlhf_fast import _invariant
 from rlhf_fast.kernels.logprob.reference import live_tokens
 
 from . import reference_logprob as reference
-from ._tiles import Gradients, Head, Rows, full_precision
+from ._gradients import Gradients
+from ._tiles import Head, Rows, full_precision
 from .reference_kl import kl_setup
 from .reference_ppo import Sweeps, policy_loss_of_head
 

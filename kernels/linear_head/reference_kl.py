@@ -8,11 +8,10 @@ from rlhf_fast import _invariant
 from rlhf_fast._args import compute_dtype
 from rlhf_fast.kernels.logprob.reference import live_tokens
 
+from ._gradients import Gradients, Upstream
 from ._tiles import (
-    Gradients,
     Head,
     Rows,
-    Upstream,
     finite,
     full_precision,
     merge,

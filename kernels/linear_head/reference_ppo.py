@@ -24,12 +24,11 @@ from rlhf_fast.kernels.ppo_loss.reference import (
     reduction_of,
 )
 
+from ._gradients import Gradients, Upstream
 from ._tiles import (
     INVARIANT_ROWS,
-    Gradients,
     Head,
     Rows,
-    Upstream,
     finite,
     full_precision,
     merge,
