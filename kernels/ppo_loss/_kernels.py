@@ -21,15 +21,7 @@ REDUCTIONS = {
     "seq-mean-token-sum": 3,
 }
 
-
 Launch = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-
-def bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
-    """The interval of the ratio; `clip_low=None` turns its clip off altogether."""
-    if clip_low is None:
-        return -torch.inf, torch.inf
-    return 1.0 - clip_low, 1.0 + (clip_low if clip_high is None else clip_high)
 
 
 def policy_loss(

@@ -9,8 +9,8 @@ import torch
 from rlhf_fast.kernels._common.native import ESTIMATORS, address, kernel, place
 
 from . import reference
-from ._kernels import KINDS, LOSSES, REDUCTIONS, bounds
-from .reference import STATS
+from ._kernels import KINDS, LOSSES, REDUCTIONS
+from .reference import STATS, bounds
 
 __all__ = ["policy_loss", "ppo_loss", "scale_unit_gradient", "value_loss"]
 

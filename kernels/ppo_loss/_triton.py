@@ -22,7 +22,7 @@ from rlhf_fast.kernels._common.device_math import tree_sum
 from rlhf_fast.kernels._common.launch import on_device_of
 from rlhf_fast.kernels.kl._triton_estimate import ESTIMATORS
 
-from ._kernels import KINDS, LOSSES, REDUCTIONS, bounds
+from ._kernels import KINDS, LOSSES, REDUCTIONS
 from ._triton_terms import (
     LOG_RATIO_LIMIT,
     clamped_log_ratio,
@@ -33,7 +33,7 @@ from ._triton_terms import (
     value_term,
 )
 from ._triton_totals import count_kernel, denominator_of, finish_kernel
-from .reference import STATS
+from .reference import STATS, bounds
 
 # (longest row, log2 of the tokens per block, warps): four tokens per thread, 16 bytes a load; with
 # up to 15 sums per lane eight would take 120 registers. From reasoning and the register table

@@ -124,7 +124,7 @@ def sigmoids(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(x < 0, small, large), torch.where(x < 0, large, small)
 
 
-def _bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
+def bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
     """The interval of the ratio; `clip_low=None` turns its clip off altogether."""
     if clip_low is None:
         return -torch.inf, torch.inf
@@ -171,7 +171,7 @@ def _terms(
     dual_clip: float | None,
 ) -> Terms:
     rho = ratios.rho
-    low, high = _bounds(clip_low, clip_high)
+    low, high = bounds(clip_low, clip_high)
     none = torch.zeros_like(ratios.inside)
     if kind in ("reinforce", "a2c"):
         # 0 * -inf: a token without advantage says nothing, however impossible it is.
