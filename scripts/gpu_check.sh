@@ -56,7 +56,10 @@ stage_test() {
     fi
   done
   [ "$QUICK" = 0 ] || files=(tests/test_gae.py)
-  "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}"
+  local options=()
+  # Triton compiles each kernel's variants: by far most of the time, and on the CPU.
+  ! has_module xdist || options=(-n auto)
+  OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q -p no:cacheprovider "${options[@]}" "${files[@]}"
 }
 
 stage_sanitize() {

@@ -17,8 +17,8 @@ from rlhf_fast import _dispatch
 class Case:
     """One op at one shape and dtype, beside the plain PyTorch that it replaces.
 
-    `make(dtype=..., **sizes)` gives the inputs on the CPU, as keyword arguments of `ours` and
-    `eager`; `ours` and `eager` return tuples. What `eager` returns beyond `ours` (statistics that a
+    `make(dtype=..., **sizes)` gives the inputs on torch's default device, as keyword arguments of
+    `ours` and `eager`, which return tuples. What `eager` returns beyond `ours` (statistics that a
     trainer logs too) is timed and not compared. `eager` on the inputs in float64 is the truth,
     unless `expected(inputs, outputs)` computes it, for results that contain a random choice.
 
@@ -67,11 +67,8 @@ class Case:
 
     def inputs(self, device: str) -> dict[str, Any]:
         """The inputs on `device`; those named in `grad` require a gradient."""
-        made = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in self.make(dtype=self.dtype, **self.sizes).items()
-        }
-        return self.with_gradients(made)
+        with torch.device(device):
+            return self.with_gradients(self.make(dtype=self.dtype, **self.sizes))
 
     def with_gradients(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Fresh leaves in place of the inputs that get a gradient."""

@@ -18,6 +18,10 @@ from rlhf_fast import _dispatch, testing
 BUFFER_FLOATS = 2048 * 50257
 # Seconds spent on each probe; the best time counts, since a floor must not be too high.
 PROBE_SECONDS = 0.5
+PROTOCOL = {
+    "cpu": "wall times with warm caches",
+    "cuda": "times between CUDA events with a cold L2 cache",
+}
 
 
 def version_of(package: str) -> str | None:
@@ -65,8 +69,8 @@ def commit() -> tuple[str | None, bool | None]:
         return None, None
 
 
-def _best_seconds(function, seconds: float) -> float:
-    return min(testing.time_ms({"f": function}, seconds=seconds)["f"]) / 1e3
+def _best_seconds(function, device: str, seconds: float) -> float:
+    return min(testing.time_ms({"f": function}, device=device, seconds=seconds)["f"]) / 1e3
 
 
 def bandwidths(device: str, *, quick: bool) -> dict[str, float]:
@@ -75,17 +79,18 @@ def bandwidths(device: str, *, quick: bool) -> dict[str, float]:
     seconds = PROBE_SECONDS / 5 if quick else PROBE_SECONDS
     source = torch.ones(floats, device=device)
     target = torch.empty_like(source)
-    read = 4e-9 * floats / _best_seconds(source.sum, seconds)
-    copy = 8e-9 * floats / _best_seconds(lambda: target.copy_(source), seconds)
+    read = 4e-9 * floats / _best_seconds(source.sum, device, seconds)
+    copy = 8e-9 * floats / _best_seconds(lambda: target.copy_(source), device, seconds)
     return {"read_gbps": round(read, 2), "copy_gbps": round(copy, 2)}
 
 
 def matmul_gflops(device: str, dtype: torch.dtype, *, quick: bool) -> float:
     """10^9 multiply and add operations per second of a square matrix product."""
     n = (512 if quick else 1024) if device == "cpu" else 8192
-    a = torch.ones(n, n, device=device, dtype=dtype)
+    # Ones or zeros would be multiplied faster: they switch fewer transistors.
+    a = torch.randn(n, n, device=device).to(dtype)
     seconds = PROBE_SECONDS / 5 if quick else PROBE_SECONDS
-    return round(2e-9 * n**3 / _best_seconds(lambda: a @ a, seconds), 1)
+    return round(2e-9 * n**3 / _best_seconds(lambda: a @ a, device, seconds), 1)
 
 
 def header(device: str, dtypes: list[torch.dtype], *, quick: bool) -> dict[str, Any]:
@@ -108,6 +113,6 @@ def header(device: str, dtypes: list[torch.dtype], *, quick: bool) -> dict[str, 
         "quick": quick,
         **bandwidths(device, quick=quick),
         "matmul_gflops": rates,
-        "protocol": "medians of wall times, all candidates of a row measured in turns, caches "
-        "warm; floor_ms = max(bytes / the higher of the two bandwidths, flops / matmul rate)",
+        "protocol": f"medians of {PROTOCOL[device]}, all candidates of a row measured in turns; "
+        "floor_ms = max(bytes / the higher of the two bandwidths, flops / matmul rate)",
     }

@@ -244,7 +244,11 @@ def run_case(
             candidates["compile"] = compiled
         common += [why] if why else []
     seconds, minimum = QUICK if quick else FULL_CUDA if device == "cuda" else FULL
-    times = testing.time_ms(candidates, seconds=seconds, minimum=minimum) if errors else {}
+    times = (
+        testing.time_ms(candidates, device=device, seconds=seconds, minimum=minimum)
+        if errors
+        else {}
+    )
     ms = {name: float(f"{statistics.median(t):.4g}") for name, t in times.items()}
     peaks = {name: peak_bytes(candidates[name], device) for name in ("eager", *errors) if errors}
     if "vectorised" in ms:
