@@ -518,9 +518,12 @@ LORA = (torch.zeros(2, 3), torch.zeros(5, 2), 1.0)
         ({"group": "world"}, TypeError, "group: expected None or a torch.distributed.ProcessGroup"),
     ],
 )
-def test_errors_name_the_argument(device, change, error, message):
+def test_errors_name_the_argument(device, change, error, message, monkeypatch):
+    monkeypatch.setenv("RLHF_FAST_DEBUG", "1")  # a GPU's values are looked at only then
     arguments = {"hidden": X, "weight": W, "ids": IDS} | change
-    arguments = {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
+    arguments = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda x: x.to(device), arguments
+    )
     with pytest.raises(error, match=message):
         rlhf_fast.linear_logprob_entropy(**arguments)
 

@@ -357,7 +357,10 @@ def test_more_than_two_to_the_31_elements():
         ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an int, got float"),
     ],
 )
-def test_errors_name_the_argument(backend, change, error, message):
+def test_errors_name_the_argument(backend, change, error, message, monkeypatch):
+    monkeypatch.setenv("RLHF_FAST_DEBUG", "1")  # a GPU's values are looked at only then
     arguments = {"logits": torch.zeros(2, 3), "ids": torch.tensor([0, 1])} | change
+    device = device_of(backend)
+    arguments = {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
     with pytest.raises(error, match=message):
         rlhf_fast.logprob(arguments.pop("logits"), arguments.pop("ids"), **arguments)

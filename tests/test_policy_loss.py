@@ -347,7 +347,8 @@ def test_any_batch(seed, B, T, keep, kind, reduction, spread, options):
         ({"normalizer": torch.ones(2)}, ValueError, "normalizer: expected a number or a tensor"),
     ],
 )
-def test_errors_name_the_argument(backend, change, error, message):
+def test_errors_name_the_argument(backend, change, error, message, monkeypatch):
+    monkeypatch.setenv("RLHF_FAST_DEBUG", "1")  # a GPU's values are looked at only then
     names = ("logprob", "old_logprob", "advantages", "mask")
     arguments = {name: torch.ones(2, 3, device=device_of(backend)) for name in names} | change
     with pytest.raises(error, match=message):
