@@ -69,9 +69,8 @@ RLHF_HD uint4 load_words(const uint4* p) {
   return a;
 }
 
-// 16 bytes from `p`, a multiple of sizeof(T) but not always of 16. An unaligned pack is cut out of
-// the two aligned ones that it lies in: the caller sees to it that 16 bytes behind it are readable
-// too. Before it, the aligned start of its allocation is never passed.
+// 16 bytes from `p` in global memory, a multiple of sizeof(T) but not always of 16. An unaligned
+// pack is cut out of the two aligned ones that it lies in, and no others are touched.
 template <class T>
 RLHF_HD Pack<T> load_pack(const T* p) {
   const uint32_t offset = reinterpret_cast<uintptr_t>(p) & 15u;
@@ -105,7 +104,40 @@ RLHF_HD void store_pack(T* p, const Pack<T>& pack) {
   *reinterpret_cast<uint4*>(p) = words;
 }
 
+// The same from any memory.
+template <class T>
+RLHF_HD Pack<T> generic_pack(const T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 == 0) return *reinterpret_cast<const Pack<T>*>(p);
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kSize; ++i) pack.x[i] = p[i];
+  return pack;
+}
+
 // ------------------------------------------------------------------- a block
+
+// Calls single(i) and many(i), the latter for `step` numbers i, i + 1, ... of which out + i is
+// aligned to 16 bytes, so that together they cover [0, count); by all threads of a block. It goes
+// from the end, which a forward pass before it read last.
+template <class T, class Single, class Many>
+RLHF_HD void cover_aligned(const T* out, int count, int step, Single single, Many many) {
+  const int lead = (16 - reinterpret_cast<uintptr_t>(out) % 16) % 16 / sizeof(T);
+  const int head = lead < count ? lead : count;
+  const int steps = (count - head) / step, tail = head + steps * step;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int alone = thread < head ? thread : tail + thread - head;
+  if (alone < count) single(alone);
+#pragma unroll 2
+  for (int i = steps - 1 - thread; i >= 0; i -= static_cast<int>(blockDim.x)) many(head + i * step);
+}
+
+// Zeros, by all threads of a block.
+template <class T>
+RLHF_HD void store_zeros(T* out, int count) {
+  cover_aligned(
+      out, count, Pack<T>::kSize, [&](int i) { out[i] = T{}; },
+      [&](int i) { store_pack(out + i, Pack<T>{}); });
+}
 
 // Called by all threads of a block; `shared` has room for 32 floats. Every thread gets the result.
 // Between two calls with the same `shared` there is no barrier to add.
