@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -146,30 +145,41 @@ def adversarial_logits(
     return {name: logits.to(dtype) for name, logits in cases.items()}
 
 
-def _wall_ms(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - start)
+def _wall_timer(function: Callable[[], object]) -> Callable[[], float]:
+    """Wall time of a call in milliseconds, with warm caches."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+
+    return once
 
 
-@functools.cache
-def _larger_than_l2() -> torch.Tensor:
-    return torch.empty(2**28, dtype=torch.uint8, device="cuda")
+def _cuda_timer(function: Callable[[], object]) -> Callable[[], float]:
+    """Time of a call on the device in milliseconds, between two events, with a cold L2 cache.
 
-
-def _cuda_ms(function: Callable[[], object]) -> float:
-    """Between two events behind a kernel that empties the L2 cache.
-
-    That kernel takes about 0.1 ms, in which the host gets ahead: short calls are measured on the
-    device, without their launch.
+    Each kernel that empties the cache takes about 0.1 ms. As many are queued before the call as the
+    host needs for it, at most 50, so that the device does not wait for launches: it is the time of
+    a training step whose host is ahead, or of a CUDA graph.
     """
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _larger_than_l2().zero_()
-    start.record()
+    cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    torch.cuda.synchronize()
+    host_ms = _wall_timer(function)()
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def once() -> float:
+        for _ in range(min(2 + int(host_ms / 0.07), 50)):
+            cache.zero_()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return once
 
 
 def time_ms(
@@ -181,18 +191,19 @@ def time_ms(
 ) -> dict[str, list[float]]:
     """Times in milliseconds of each function, measured in turns so that all share the noise.
 
-    On a CPU the wall time with warm caches, on "cuda" the time on the device with a cold L2 cache.
-    Each function is called once to warm up, then in rounds until it has used `seconds` in total or
-    been called 1000 times, at least `minimum` times.
+    On a CPU they are wall times, on "cuda" times on the device. Each function is called once or
+    twice to warm up, then in rounds until it has used `seconds` in total or been called 1000 times,
+    at least `minimum` times.
     """
-    once = _cuda_ms if device == "cuda" else _wall_ms
-    for function in functions.values():
-        once(function)
+    timer = _cuda_timer if device == "cuda" else _wall_timer
+    once = {name: timer(function) for name, function in functions.items()}
+    for call in once.values():
+        call()
     times: dict[str, list[float]] = {name: [] for name in functions}
     open_names = set(functions)
     while open_names:
         for name in sorted(open_names):
-            times[name].append(once(functions[name]))
+            times[name].append(once[name]())
             spent = sum(times[name]) / 1e3
             if len(times[name]) >= minimum and (spent > seconds or len(times[name]) >= 1000):
                 open_names.discard(name)

@@ -104,16 +104,6 @@ RLHF_HD void store_pack(T* p, const Pack<T>& pack) {
   *reinterpret_cast<uint4*>(p) = words;
 }
 
-// The same from any memory.
-template <class T>
-RLHF_HD Pack<T> generic_pack(const T* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 == 0) return *reinterpret_cast<const Pack<T>*>(p);
-  Pack<T> pack;
-#pragma unroll
-  for (int i = 0; i < Pack<T>::kSize; ++i) pack.x[i] = p[i];
-  return pack;
-}
-
 // ------------------------------------------------------------------- a block
 
 // Calls single(i) and many(i), the latter for `step` numbers i, i + 1, ... of which out + i is
@@ -127,7 +117,6 @@ RLHF_HD void cover_aligned(const T* out, int count, int step, Single single, Man
   const int thread = static_cast<int>(threadIdx.x);
   const int alone = thread < head ? thread : tail + thread - head;
   if (alone < count) single(alone);
-#pragma unroll 2
   for (int i = steps - 1 - thread; i >= 0; i -= static_cast<int>(blockDim.x)) many(head + i * step);
 }
 

@@ -1,21 +1,16 @@
-// KL divergence on CUDA: one block per row, each logit of both models read once. With the gradient,
-// a cluster of blocks keeps both rows in shared memory, so that they are read once there too.
+// KL divergence on CUDA: one block per row, each logit of both models read once.
 //
 // As in logprob.cu a column's index alone decides which thread sums it, and threads are combined in
 // a fixed order, so that a row's bits depend neither on its alignment nor on the other rows.
 #define RLHF_ISA cuda
-#include "common/cluster.cuh"
+#include "common/device.cuh"
 #include "kl/kl.h"
 
 namespace rlhf::cuda {
 namespace {
 
-constexpr int kThreads = 512;  // at most, per block
-constexpr int kColumns = 8;    // neighbouring columns of a thread: 16 bytes of bf16, 32 of float
-constexpr int kShort = 4096;   // up to so many columns a row is a matter of few threads
-constexpr int kMaxBlocks = 8;  // of a cluster
-// Bytes of a slice of both rows.
-constexpr int64_t kGoodShared = 96 * 1024, kMostShared = 200 * 1024;
+constexpr int kThreads = 512;  // at most, per row
+constexpr int kBlocks = 2;     // on a multiprocessor, at the least
 
 RLHF_HD float not_a_number() { return __int_as_float(0x7fc00000); }
 
@@ -58,31 +53,6 @@ void launch_estimate(const KlEstimateArgs& args, int device, void* stream) {
 
 // ------------------------------------------------------------------- exact
 
-// A thread's columns [begin, begin + 8) as floats, -inf behind `end`; keep(column, pack) is called
-// with what was read.
-template <class T, class Keep>
-RLHF_HD void load_columns(const T* row, int begin, int end, float (&z)[kColumns], Keep keep) {
-  constexpr int N = Pack<T>::kSize;
-#pragma unroll
-  for (int part = 0; part < kColumns; part += N) {
-    Pack<T> pack;
-    if (begin + part + N <= end) {
-      pack = load_pack(row + begin + part);
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (begin + part + i < end)
-          pack.x[i] = row[begin + part + i];
-        else
-          convert(-kInfinity, pack.x[i]);
-      }
-    }
-    keep(begin + part, pack);
-#pragma unroll
-    for (int i = 0; i < N; ++i) z[part + i] = to_float(pack.x[i]);
-  }
-}
-
 // With d = z - top and r = q - ref_top, not yet tempered, so that a finite difference stays finite
 // at any temperature, e = exp(rate d): total = sum e, weighted = sum e d, cross = sum e (d - r);
 // ref_total = sum exp(rate r). `widest` is the largest d - r.
@@ -105,34 +75,59 @@ RLHF_HD void raise(Sums& s, float top, float ref_top, float rate2) {
   s.ref_top = ref_top;
 }
 
-// The sums of a thread's columns within [first, end).
-template <class T, class R, class Keep, class RefKeep>
-RLHF_HD Sums fold_columns(const T* z, const R* q, int first, int end, float rate2, Keep keep,
-                          RefKeep ref_keep) {
+// Takes COUNT logits of both in.
+template <int COUNT>
+RLHF_HD void fold(Sums& s, const float (&z)[COUNT], const float (&q)[COUNT], float rate2) {
+  float top = s.top, ref_top = s.ref_top;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    top = fmaxf(top, z[i]);
+    ref_top = fmaxf(ref_top, q[i]);
+  }
+  raise(s, top, ref_top, rate2);
+  const float base = base_of(top), ref_base = base_of(ref_top);
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const float d = z[i] - base, r = q[i] - ref_base, difference = d - r;
+    const float e = fast_exp2(d * rate2);
+    s.total += e;
+    s.ref_total += fast_exp2(r * rate2);
+    s.weighted = fma(e, e == 0.0f ? 0.0f : d, s.weighted);
+    s.cross = fma(e, e == 0.0f ? 0.0f : difference, s.cross);
+    s.widest = fmaxf(s.widest, difference);  // NaN, where both are -inf, is passed over
+  }
+}
+
+// Columns of a thread in one step: whole packs of both, as floats.
+template <class T, class R>
+constexpr int kStep = Pack<T>::kSize > Pack<R>::kSize ? Pack<T>::kSize : Pack<R>::kSize;
+
+template <class T, int COUNT>
+RLHF_HD void load_columns(const T* p, float (&z)[COUNT]) {
+  constexpr int N = Pack<T>::kSize;
+#pragma unroll
+  for (int part = 0; part < COUNT; part += N) {
+    const Pack<T> pack = load_pack(p + part);
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[part + i] = to_float(pack.x[i]);
+  }
+}
+
+// The sums of a thread's columns: steps, and single logits where no step fits.
+template <class T, class R>
+RLHF_HD Sums fold_columns(const T* z, const R* q, int vocabulary, float rate2) {
+  constexpr int STEP = kStep<T, R>;
+  const int steps = vocabulary / STEP;
   Sums s = {-kInfinity, -kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, -kInfinity};
-  for (int begin = first + threadIdx.x * kColumns; begin < end;
-       begin += static_cast<int>(blockDim.x) * kColumns) {
-    float x[kColumns], y[kColumns];
-    load_columns(z, begin, end, x, keep);
-    load_columns(q, begin, end, y, ref_keep);
-    float top = s.top, ref_top = s.ref_top;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      top = fmaxf(top, x[i]);
-      ref_top = fmaxf(ref_top, y[i]);
-    }
-    raise(s, top, ref_top, rate2);
-    const float base = base_of(top), ref_base = base_of(ref_top);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      const float d = x[i] - base, r = y[i] - ref_base, difference = d - r;
-      const float e = fast_exp2(d * rate2);
-      s.total += e;
-      s.ref_total += fast_exp2(r * rate2);
-      s.weighted = fma(e, e == 0.0f ? 0.0f : d, s.weighted);
-      s.cross = fma(e, e == 0.0f ? 0.0f : difference, s.cross);
-      s.widest = fmaxf(s.widest, difference);  // NaN, where both are -inf, is passed over
-    }
+  for (int step = threadIdx.x; step < steps; step += static_cast<int>(blockDim.x)) {
+    float x[STEP], y[STEP];
+    load_columns(z + step * STEP, x);
+    load_columns(q + step * STEP, y);
+    fold(s, x, y, rate2);
+  }
+  if (const int tail = steps * STEP + threadIdx.x; tail < vocabulary) {
+    const float x[1] = {to_float(z[tail])}, y[1] = {to_float(q[tail])};
+    fold(s, x, y, rate2);
   }
   return s;
 }
@@ -148,59 +143,6 @@ RLHF_HD double block_sum_double(double x, double* shared) {
   return x;
 }
 
-// The sums of a row, exact enough.
-struct RowSums {
-  float top, ref_top, ref_total, weighted, widest;
-  double total, cross;
-};
-
-// The threads' sums together, for every thread of the block; they move to the row's maxima first.
-RLHF_HD RowSums sums_of_block(Sums s, float top, float ref_top, float rate2) {
-  __shared__ float shared[32];
-  __shared__ double shared_double[kThreads / 32];
-  raise(s, top, ref_top, rate2);
-  RowSums sums;
-  sums.top = top;
-  sums.ref_top = ref_top;
-  sums.total = block_sum_double(s.total, shared_double);
-  sums.cross = block_sum_double(s.cross, shared_double);
-  sums.ref_total = block_sum(s.ref_total, shared);
-  sums.weighted = block_sum(s.weighted, shared);
-  sums.widest = block_max(s.widest, shared);
-  return sums;
-}
-
-// `chosen` and `ref_chosen` are the logits of the token, NaN where its id is out of range.
-RLHF_HD KlValues values_of(const RowSums& s, float chosen, float ref_chosen, float rate) {
-  const float total = static_cast<float>(s.total);
-  const bool empty = total == 0.0f;  // nothing but -inf
-  KlValues v;
-  v.row_max = s.top;
-  v.ref_row_max = s.ref_top;
-  v.log_sum = empty ? 0.0f : logf(total);
-  v.ref_log_sum = s.ref_total == 0.0f ? 0.0f : logf(s.ref_total);
-  const float known = v.log_sum + v.ref_log_sum;  // NaN where a row has one
-  v.kl = static_cast<float>(s.cross / s.total * rate - v.log_sum + v.ref_log_sum);
-  if (s.widest == kInfinity) v.kl = kInfinity;
-  if (known != known) v.kl = known;
-  if (empty) v.kl = 0.0f;
-  v.logprob = (chosen - base_of(s.top)) * rate - v.log_sum;
-  v.ref_logprob = (ref_chosen - base_of(s.ref_top)) * rate - v.ref_log_sum;
-  v.entropy = empty ? 0.0f : v.log_sum - s.weighted / total * rate;
-  return v;
-}
-
-RLHF_HD void store_values(const KlArgs& args, int64_t row, const KlValues& v) {
-  args.kl[row] = v.kl;
-  args.logprob[row] = v.logprob;
-  args.ref_logprob[row] = v.ref_logprob;
-  args.entropy[row] = v.entropy;
-  args.row_max[row] = v.row_max;
-  args.log_sum[row] = v.log_sum;
-  args.ref_row_max[row] = v.ref_row_max;
-  args.ref_log_sum[row] = v.ref_log_sum;
-}
-
 // The logit of the row's token. Ids are not checked on the device: one out of range reads nothing
 // and gives NaN.
 template <class T>
@@ -211,67 +153,65 @@ RLHF_HD float chosen_logit(const LogitRows& in, const T* z, int64_t y) {
 template <class T, class R>
 RLHF_HD void forward_row(const KlArgs& args) {
   __shared__ float shared[32];
+  __shared__ double shared_double[32];
   const LogitRows& in = args.in;
   const int64_t row = blockIdx.x;
   if (!is_live(in, row)) {  // the same for the whole block
-    if (threadIdx.x == 0) store_values(args, row, {});
+    if (threadIdx.x == 0) {
+      args.kl[row] = args.logprob[row] = args.ref_logprob[row] = args.entropy[row] = 0.0f;
+      args.row_max[row] = args.log_sum[row] = args.ref_row_max[row] = args.ref_log_sum[row] = 0.0f;
+    }
     return;
   }
   const T* const z = row_of<T>(in, row);
   const R* const q = row_of<R>(args.ref, row);
   const float rate = rate_of(in, row), rate2 = rate * kLog2E;
-  const auto keep = [](int, const auto&) {};
-  const Sums s = fold_columns(z, q, 0, static_cast<int>(in.vocabulary), rate2, keep, keep);
-  const float top = block_max(s.top, shared), ref_top = block_max(s.ref_top, shared);
-  const RowSums sums = sums_of_block(s, top, ref_top, rate2);
+  Sums s = fold_columns(z, q, static_cast<int>(in.vocabulary), rate2);
+  const float row_max = block_max(s.top, shared), ref_max = block_max(s.ref_top, shared);
+  raise(s, row_max, ref_max, rate2);
+  const double exact_total = block_sum_double(s.total, shared_double);
+  const double cross = block_sum_double(s.cross, shared_double);
+  const float total = static_cast<float>(exact_total), ref_total = block_sum(s.ref_total, shared);
+  const float weighted = block_sum(s.weighted, shared);
+  const float widest = block_max(s.widest, shared);
   if (threadIdx.x != 0) return;
+  const bool empty = total == 0.0f;  // nothing but -inf
+  const float log_sum = empty ? 0.0f : logf(total);
+  const float ref_log_sum = ref_total == 0.0f ? 0.0f : logf(ref_total);
+  const float known = log_sum + ref_log_sum;  // NaN where a row has one
+  float kl = static_cast<float>(cross / exact_total * rate - log_sum + ref_log_sum);
+  if (widest == kInfinity) kl = kInfinity;
+  if (known != known) kl = known;
   const int64_t y = in.ids[row];
-  store_values(args, row, values_of(sums, chosen_logit(in, z, y), chosen_logit(in, q, y), rate));
+  args.kl[row] = empty ? 0.0f : kl;
+  args.logprob[row] = (chosen_logit(in, z, y) - base_of(row_max)) * rate - log_sum;
+  args.ref_logprob[row] = (chosen_logit(in, q, y) - base_of(ref_max)) * rate - ref_log_sum;
+  args.entropy[row] = empty ? 0.0f : log_sum - weighted / total * rate;
+  args.row_max[row] = row_max;
+  args.log_sum[row] = log_sum;
+  args.ref_row_max[row] = ref_max;
+  args.ref_log_sum[row] = ref_log_sum;
 }
 
-// The gradient of `count` logits `z` to `out`, by all threads of a block; load(p) is the pack
-// there. It is computed number by number, so alignment may choose which thread does it.
-template <bool KL, class T, class R, class Load>
-RLHF_HD void store_gradient(const T* z, const R* q, int count, const KlRow& c, T* out, Load load) {
-  constexpr int N = Pack<T>::kSize, M = Pack<R>::kSize;
-  constexpr int kStep = N > M ? N : M;  // columns of a thread: whole packs of both
+// The gradient is computed number by number, so alignment may choose which thread does it.
+template <bool KL, class T, class R>
+RLHF_HD void store_gradient(const T* z, const R* q, int vocabulary, const KlRow& c, T* out) {
+  constexpr int N = Pack<T>::kSize, STEP = kStep<T, R>;
   const auto single = [&](int i) {
     convert(kl_gradient<KL, false>(to_float(z[i]), to_float(q[i]), c), out[i]);
   };
-  cover_aligned(out, count, kStep, single, [&](int begin) {
-    float y[kStep];
+  cover_aligned(out, vocabulary, STEP, single, [&](int begin) {
+    float y[STEP];
+    load_columns(q + begin, y);
 #pragma unroll
-    for (int part = 0; part < kStep; part += M) {
-      const Pack<R> pack = load(q + begin + part);
-#pragma unroll
-      for (int i = 0; i < M; ++i) y[part + i] = to_float(pack.x[i]);
-    }
-#pragma unroll
-    for (int part = 0; part < kStep; part += N) {
-      Pack<T> pack = load(z + begin + part);
+    for (int part = 0; part < STEP; part += N) {
+      Pack<T> pack = load_pack(z + begin + part);
 #pragma unroll
       for (int i = 0; i < N; ++i)
         convert(kl_gradient<KL, false>(to_float(pack.x[i]), y[part + i], c), pack.x[i]);
       store_pack(out + begin + part, pack);
     }
   });
-}
-
-// As above, then the chosen token, whose column of the slice is `y` and may lie outside.
-template <class T, class R, class Load>
-RLHF_HD void store_gradient(const T* z, const R* q, int count, const KlRow& c, T* out, Load load,
-                            int64_t y, float chosen, float ref_chosen, bool with_logprob) {
-  if (c.with_kl)
-    store_gradient<true>(z, q, count, c, out, load);
-  else
-    store_gradient<false>(z, q, count, c, out, load);
-  if (!with_logprob || y < 0 || y >= count) return;
-  __syncthreads();  // orders the store below behind those above
-  if (threadIdx.x == 0) {
-    convert(c.with_kl ? kl_gradient<true, true>(chosen, ref_chosen, c)
-                      : kl_gradient<false, true>(chosen, ref_chosen, c),
-            out[y]);
-  }
 }
 
 template <class T, class R>
@@ -283,110 +223,39 @@ RLHF_HD void backward_row(const KlBackwardArgs& args) {
   if (!is_live(in, row)) return store_zeros(out, vocabulary);  // the same for the whole block
   const T* const z = row_of<T>(in, row);
   const R* const q = row_of<R>(args.ref, row);
-  const int64_t y = in.ids[row];
-  const float chosen = chosen_logit(in, z, y), ref_chosen = chosen_logit(in, q, y);
+  const float chosen = chosen_logit(in, z, in.ids[row]);
+  const float ref_chosen = chosen_logit(in, q, in.ids[row]);
   __syncthreads();  // `out` may be the logits: all have read theirs before it is written
-  store_gradient(
-      z, q, vocabulary, kl_row(args, row, chosen), out, [](const auto* p) { return load_pack(p); },
-      y, chosen, ref_chosen, args.grad_logprob != nullptr);
-}
-
-// ------------------------------------------------------------------- one pass, by a cluster
-
-struct ClusterArgs {
-  KlGradArgs call;
-  int blocks, slice;  // of a cluster, and the columns of each: whole packs
-};
-
-struct Tops {
-  float top, ref_top;
-};
-
-// Each block of a cluster takes a slice of both rows. It keeps it in shared memory until the sums
-// of all slices are known, so that the gradient may be written over the logits.
-template <class T, class R>
-RLHF_HD void row_of_cluster(const ClusterArgs& args) {
-  extern __shared__ uint4 words[];
-  __shared__ float shared[32];
-  __shared__ Tops tops[kMaxBlocks];
-  __shared__ RowSums parts[kMaxBlocks];
-  T* const kept = reinterpret_cast<T*>(words);
-  R* const ref_kept = reinterpret_cast<R*>(kept + args.slice);
-  const KlArgs& forward = args.call.forward;
-  const KlBackwardArgs& backward = args.call.backward;
-  const LogitRows& in = forward.in;
-  const int64_t row = blockIdx.x / args.blocks;
-  const int rank = static_cast<int>(cluster_rank());
-  const int vocabulary = static_cast<int>(in.vocabulary);
-  const int begin = rank * args.slice < vocabulary ? rank * args.slice : vocabulary;
-  const int end = begin + args.slice < vocabulary ? begin + args.slice : vocabulary;
-  T* const out = static_cast<T*>(backward.out) + row * in.vocabulary + begin;
-  if (!is_live(in, row)) {  // the same for the whole cluster
-    store_zeros(out, end - begin);
-    if (rank == 0 && threadIdx.x == 0) store_values(forward, row, {});
-    return;
-  }
-  cluster_sync();  // all blocks have started: their shared memory may be written
-  const T* const z = row_of<T>(in, row);
-  const R* const q = row_of<R>(forward.ref, row);
+  const KlRow c = kl_row(args, row, chosen);
+  if (c.with_kl)
+    store_gradient<true>(z, q, vocabulary, c, out);
+  else
+    store_gradient<false>(z, q, vocabulary, c, out);
   const int64_t y = in.ids[row];
-  const float chosen = chosen_logit(in, z, y), ref_chosen = chosen_logit(in, q, y);
-  const float rate = rate_of(in, row), rate2 = rate * kLog2E;
-  const Sums s = fold_columns(
-      z, q, begin, end, rate2,
-      [&](int i, const Pack<T>& pack) {
-        if (i < end) store_pack(kept + (i - begin), pack);
-      },
-      [&](int i, const Pack<R>& pack) {
-        if (i < end) store_pack(ref_kept + (i - begin), pack);
-      });
-  const Tops own = {block_max(s.top, shared), block_max(s.ref_top, shared)};
-  if (threadIdx.x < args.blocks) store_in_block(tops + rank, threadIdx.x, own);
-  cluster_sync();  // the maxima are there, and nobody reads logits any more
-  Tops row_tops = tops[0];
-  for (int i = 1; i < args.blocks; ++i) {
-    row_tops.top = fmaxf(row_tops.top, tops[i].top);
-    row_tops.ref_top = fmaxf(row_tops.ref_top, tops[i].ref_top);
+  if (!args.grad_logprob || y < 0 || y >= vocabulary) return;
+  __syncthreads();  // orders the store below behind those above
+  if (threadIdx.x == 0) {
+    convert(c.with_kl ? kl_gradient<true, true>(chosen, ref_chosen, c)
+                      : kl_gradient<false, true>(chosen, ref_chosen, c),
+            out[y]);
   }
-  const RowSums part = sums_of_block(s, row_tops.top, row_tops.ref_top, rate2);
-  if (threadIdx.x < args.blocks) store_in_block(parts + rank, threadIdx.x, part);
-  cluster_sync();
-  RowSums sums = parts[0];
-  for (int i = 1; i < args.blocks; ++i) {
-    sums.total += parts[i].total;
-    sums.cross += parts[i].cross;
-    sums.ref_total += parts[i].ref_total;
-    sums.weighted += parts[i].weighted;
-    sums.widest = fmaxf(sums.widest, parts[i].widest);
-  }
-  const KlValues values = values_of(sums, chosen, ref_chosen, rate);
-  if (rank == 0 && threadIdx.x == 0) store_values(forward, row, values);
-  store_gradient(
-      kept, ref_kept, end - begin, kl_row(backward, row, chosen, values), out,
-      [](const auto* p) { return generic_pack(p); }, y - begin, chosen, ref_chosen,
-      backward.grad_logprob != nullptr);
 }
 
 template <class T, class R>
-__global__ void __launch_bounds__(kThreads, 2) kl_kernel(KlArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) kl_kernel(KlArgs args) {
   forward_row<T, R>(args);
 }
 
 template <class T, class R>
-__global__ void __launch_bounds__(kThreads, 2) kl_backward_kernel(KlBackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) kl_backward_kernel(KlBackwardArgs args) {
   backward_row<T, R>(args);
 }
 
 template <class T, class R>
-__global__ void __launch_bounds__(kThreads, 2) kl_and_grad_kernel(KlGradArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) kl_and_grad_kernel(KlGradArgs args) {
   forward_row<T, R>(args.forward);
   __syncthreads();  // thread 0 has written what all read
   backward_row<T, R>(args.backward);
-}
-
-template <class T, class R>
-__global__ void __launch_bounds__(kThreads, 2) kl_and_grad_cluster_kernel(ClusterArgs args) {
-  row_of_cluster<T, R>(args);
 }
 
 // Calls f(T{}, R{}) with the types of the policy's and the reference's logits.
@@ -405,27 +274,7 @@ std::string describe(const char* op, const LogitRows& in) {
 }
 
 // Threads of a row: by the vocabulary alone.
-int threads_of(const LogitRows& in) { return in.vocabulary <= kShort ? 128 : kThreads; }
-
-// Launches clusters and says whether it did: not for short rows, not for rows beyond the shared
-// memory of a cluster, not on a GPU without them.
-template <class T, class R>
-bool run_clusters(const KlGradArgs& call, int device, cudaStream_t stream,
-                  const std::string& what) {
-  constexpr int64_t kBytes = sizeof(T) + sizeof(R);
-  const int64_t vocabulary = call.forward.in.vocabulary, rows = call.forward.in.rows;
-  const auto kernel = kl_and_grad_cluster_kernel<T, R>;
-  if (vocabulary <= kShort || vocabulary * kBytes > kMaxBlocks * kMostShared ||
-      !can_cluster(kernel, device))
-    return false;
-  int blocks = 1;
-  while (blocks < kMaxBlocks && vocabulary * kBytes > blocks * kGoodShared) blocks *= 2;
-  const int slice =
-      static_cast<int>((vocabulary + blocks * kColumns - 1) / (blocks * kColumns)) * kColumns;
-  launch_clusters(kernel, grid_of(rows * blocks, what), blocks, kThreads,
-                  slice * static_cast<int>(kBytes), stream, ClusterArgs{call, blocks, slice}, what);
-  return true;
-}
+int threads_of(const LogitRows& in) { return in.vocabulary <= 4096 ? 128 : kThreads; }
 
 }  // namespace
 
@@ -469,7 +318,6 @@ void kl_and_grad(const KlGradArgs& args, int device, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   DeviceGuard guard(device);
   with_types(in, args.forward.ref, [&](auto type, auto ref_type) {
-    if (run_clusters<decltype(type), decltype(ref_type)>(args, device, queue, what)) return;
     kl_and_grad_kernel<decltype(type), decltype(ref_type)><<<grid, threads, 0, queue>>>(args);
   });
   check_launch(what);

@@ -105,37 +105,24 @@ struct KlRow {
   bool with_kl;           // false where KL is +inf: it gets no gradient, but what is beside it does
 };
 
-// What a forward pass finds in a row.
-struct KlValues {
-  float kl, logprob, ref_logprob, entropy, row_max, log_sum, ref_row_max, ref_log_sum;
-};
-
 // `chosen` is the logit of the token, NaN where its id is out of range.
-RLHF_HD KlRow kl_row(const KlBackwardArgs& args, int64_t row, float chosen, const KlValues& v) {
+RLHF_HD KlRow kl_row(const KlBackwardArgs& args, int64_t row, float chosen) {
   KlRow c;
   c.rate = rate_of(args.in, row);
-  c.row_max = v.row_max == -kInfinity ? 0.0f : v.row_max;
-  c.ref_row_max = v.ref_row_max == -kInfinity ? 0.0f : v.ref_row_max;
-  c.log_sum = v.log_sum;
-  c.with_kl = v.kl != kInfinity;
+  c.row_max = args.row_max[row] == -kInfinity ? 0.0f : args.row_max[row];
+  c.ref_row_max = args.ref_row_max[row] == -kInfinity ? 0.0f : args.ref_row_max[row];
+  c.log_sum = args.log_sum[row];
+  c.with_kl = args.kl[row] != kInfinity;
   c.k = c.with_kl ? args.grad_kl[row] * c.rate : 0.0f;
-  const double mean = static_cast<double>(v.kl) + v.log_sum - v.ref_log_sum;
+  const double mean = static_cast<double>(args.kl[row]) + c.log_sum - args.ref_log_sum[row];
   c.mean = static_cast<float>(mean);
   c.lost = c.with_kl ? static_cast<float>(mean - c.mean) : 0.0f;
   c.g = args.grad_logprob && chosen != -kInfinity
             ? args.grad_logprob[row] * c.rate + (chosen - chosen)
             : 0.0f;
   c.h = args.grad_entropy ? args.grad_entropy[row] * c.rate : 0.0f;
-  c.entropy_mean = args.grad_entropy ? v.log_sum - v.entropy : 0.0f;
+  c.entropy_mean = args.grad_entropy ? c.log_sum - args.entropy[row] : 0.0f;
   return c;
-}
-
-// With what the forward pass has saved.
-RLHF_HD KlRow kl_row(const KlBackwardArgs& args, int64_t row, float chosen) {
-  return kl_row(
-      args, row, chosen,
-      {args.kl[row], 0.0f, 0.0f, args.entropy ? args.entropy[row] : 0.0f, args.row_max[row],
-       args.log_sum[row], args.ref_row_max[row], args.ref_log_sum[row]});
 }
 
 // Gradient of the policy's logit z, q being the reference's: that of the chosen token where

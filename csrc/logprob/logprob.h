@@ -86,24 +86,16 @@ struct RowGradient {
 };
 
 template <bool ENTROPY>
-RLHF_HD RowGradient row_gradient(const LogprobBackwardArgs& args, int64_t row, float row_max,
-                                 float log_sum, float entropy) {
+RLHF_HD RowGradient row_gradient(const LogprobBackwardArgs& args, int64_t row) {
   RowGradient c;
-  c.row_max = row_max == -kInfinity ? 0.0f : row_max;
+  c.row_max = args.row_max[row] == -kInfinity ? 0.0f : args.row_max[row];
   c.rate = rate_of(args.in, row);
-  c.log_sum = log_sum;
+  c.log_sum = args.log_sum[row];
   c.g = args.grad_logprob[row] * c.rate;
   c.h = ENTROPY ? args.grad_entropy[row] * c.rate : 0.0f;
-  c.mean = ENTROPY ? log_sum - entropy : 0.0f;
+  c.mean = ENTROPY ? c.log_sum - args.entropy[row] : 0.0f;
   c.softcap = args.in.softcap;
   return c;
-}
-
-// With what the forward pass has saved.
-template <bool ENTROPY>
-RLHF_HD RowGradient row_gradient(const LogprobBackwardArgs& args, int64_t row) {
-  return row_gradient<ENTROPY>(args, row, args.row_max[row], args.log_sum[row],
-                               ENTROPY ? args.entropy[row] : 0.0f);
 }
 
 // Gradient of the logit z: that of the chosen token where `CHOSEN`, where the factor 1 - p is

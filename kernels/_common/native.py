@@ -31,7 +31,7 @@ def kernel(name: str, x: torch.Tensor) -> Callable[..., None]:
 def place(x: torch.Tensor) -> tuple[int, ...]:
     """(threads,) of a CPU tensor, (device index, stream) of a CUDA tensor."""
     if x.is_cuda:
-        return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+        return x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
     return (torch.get_num_threads(),)
 
 

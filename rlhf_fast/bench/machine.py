@@ -20,7 +20,7 @@ BUFFER_FLOATS = 2048 * 50257
 PROBE_SECONDS = 0.5
 PROTOCOL = {
     "cpu": "wall times with warm caches",
-    "cuda": "times between CUDA events with a cold L2 cache",
+    "cuda": "times on the device between events, host ahead, L2 cache cold",
 }
 
 
