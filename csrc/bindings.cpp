@@ -41,6 +41,11 @@ void check_positive(int64_t value, const char* name) {
              std::string(name) + ": expected a positive number, got " + std::to_string(value));
 }
 
+void check_dtype(int dtype, const char* name) {
+  RLHF_CHECK(dtype >= 0 && dtype <= 2,
+             std::string(name) + ": expected 0, 1 or 2, got " + std::to_string(dtype));
+}
+
 // (logits, dtype, rows, vocabulary, inner, stride_outer, stride_inner, ids, mask, temperatures,
 //  temperature, softcap, ignore_index) as _native.py packs them.
 using RowsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, Address,
@@ -49,7 +54,7 @@ using RowsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, i
 LogitRows logit_rows(const RowsTuple& t, int threads) {
   const auto& [logits, dtype, rows, vocabulary, inner, stride_outer, stride_inner, ids, mask,
                temperatures, temperature, softcap, ignore_index] = t;
-  RLHF_CHECK(dtype >= 0 && dtype <= 2, "dtype: expected 0, 1 or 2, got " + std::to_string(dtype));
+  check_dtype(dtype, "dtype");
   check_positive(rows, "rows");
   check_positive(vocabulary, "vocabulary");
   check_positive(inner, "inner");
@@ -85,7 +90,10 @@ LogprobArgs logprob_args(const RowsTuple& rows, int threads, Address logprob, Ad
 
 LogprobBackwardArgs logprob_backward_args(const RowsTuple& rows, int threads, Address grad_logprob,
                                           Address grad_entropy, Address row_max, Address log_sum,
-                                          Address entropy, Address out) {
+                                          Address entropy, Address out, int out_dtype) {
+  RLHF_CHECK(out_dtype == std::get<1>(rows) || std::get<1>(rows) == 0,
+             "out_dtype: expected that of the logits, got " + std::to_string(out_dtype));
+  check_dtype(out_dtype, "out_dtype");
   LogprobBackwardArgs args;
   args.in = logit_rows(rows, threads);
   args.grad_logprob = required<float>(grad_logprob, "grad_logprob");
@@ -94,6 +102,7 @@ LogprobBackwardArgs logprob_backward_args(const RowsTuple& rows, int threads, Ad
   args.grad_entropy = pointer<float>(grad_entropy);
   args.entropy = grad_entropy ? required<float>(entropy, "entropy") : nullptr;
   args.out = required<void>(out, "out");
+  args.out_dtype = static_cast<Dtype>(out_dtype);
   return args;
 }
 
@@ -104,7 +113,7 @@ LogprobGradArgs logprob_grad_args(const RowsTuple& rows, int threads, Address lo
   required<float>(entropy, "entropy");
   args.forward = logprob_args(rows, threads, logprob, entropy, row_max, log_sum);
   args.backward = logprob_backward_args(rows, threads, grad_logprob, grad_entropy, row_max, log_sum,
-                                        entropy, out);
+                                        entropy, out, std::get<1>(rows));
   return args;
 }
 
@@ -410,9 +419,9 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cpu_logprob_backward",
         [](const RowsTuple& rows, int threads, Address grad_logprob, Address grad_entropy,
-           Address row_max, Address log_sum, Address entropy, Address out) {
+           Address row_max, Address log_sum, Address entropy, Address out, int out_dtype) {
           const auto args = logprob_backward_args(rows, threads, grad_logprob, grad_entropy,
-                                                  row_max, log_sum, entropy, out);
+                                                  row_max, log_sum, entropy, out, out_dtype);
           py::gil_scoped_release released;
           cpu::logprob_backward(args);
         });
@@ -572,9 +581,9 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cuda_logprob_backward", [](const RowsTuple& rows, int device, Address stream,
                                     Address grad_logprob, Address grad_entropy, Address row_max,
-                                    Address log_sum, Address entropy, Address out) {
-    const auto args =
-        logprob_backward_args(rows, 1, grad_logprob, grad_entropy, row_max, log_sum, entropy, out);
+                                    Address log_sum, Address entropy, Address out, int out_dtype) {
+    const auto args = logprob_backward_args(rows, 1, grad_logprob, grad_entropy, row_max, log_sum,
+                                            entropy, out, out_dtype);
     py::gil_scoped_release released;
     cuda::logprob_backward(args, device, pointer<void>(stream));
   });

@@ -7,7 +7,7 @@ import torch
 
 import rlhf_fast
 from rlhf_fast.bench.memory import peak_bytes
-from rlhf_fast.kernels.linear_head import _chunks, _gradients, _tiles
+from rlhf_fast.kernels.linear_head import _gradients, _logits, _tiles
 from rlhf_fast.testing import assert_accurate, assert_same_bits, poisoned_memory, randn
 
 needs_cpu = pytest.mark.skipif(
@@ -53,7 +53,7 @@ def test_only_tokens_with_a_gradient_reach_the_last_products(monkeypatch):
     old, advantages, mask = batch(50, 30)
     advantages[::3] = 0.0
     monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", "1")
-    monkeypatch.setattr(_chunks, "MIN_ROWS", 20)
+    monkeypatch.setattr(_logits, "MIN_ROWS", 20)
     first, last = [], []
     product, accumulate = _tiles.product, _gradients.accumulate
     leaf = w.clone().requires_grad_()
@@ -88,7 +88,7 @@ def test_chunks_without_a_gradient(monkeypatch):
     x, w, ids = make(50, 8, 30)
     old, advantages, _ = batch(50, 30)
     monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", "1")
-    monkeypatch.setattr(_chunks, "MIN_ROWS", 20)
+    monkeypatch.setattr(_logits, "MIN_ROWS", 20)
     for first in (30, 50):
         advantages[:first] = 0.0
         leaf = w.clone().requires_grad_()

@@ -9,7 +9,7 @@ import torch
 
 import rlhf_fast
 from rlhf_fast.bench.memory import peak_bytes
-from rlhf_fast.kernels.linear_head import _chunks, _tiles
+from rlhf_fast.kernels.linear_head import _logits, _tiles
 from rlhf_fast.testing import (
     assert_accurate,
     assert_same_bits,
@@ -42,7 +42,7 @@ def small_tiles(monkeypatch):
     """Many slices, blocks and chunks at sizes that a test can afford."""
     monkeypatch.setattr(_tiles, "SLICE", 24)
     monkeypatch.setattr(_tiles, "ROWS", 5)
-    monkeypatch.setattr(_chunks, "MIN_ROWS", 5)
+    monkeypatch.setattr(_logits, "MIN_ROWS", 5)
     monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", "1")
 
 
@@ -452,14 +452,14 @@ def test_torch_library_and_compile():
     x, w, bias, a, b = leaves(tensors)
     mask = torch.tensor([True, True, False, True])
     ops = torch.ops.rlhf_fast
-    everything = (x, w, ids, bias, a, b, mask, 0.7, None, 5.0, 0.9, 0.5, -100, "", False, "")
-    bare = (x, w, ids, None, None, None, None, 1.0, mask + 0.5, None, 1.0, 1.0, -100, "", True, "")
+    everything = (x, w, ids, bias, a, b, mask, 0.7, None, 5.0, 0.9, 0.5, -100, "", False, 0, "")
+    bare = (x, w, ids, None, None, None, None, 1.0, mask + 0.5, None, 1.0, 1.0, -100, "", True, 0, "")
     for arguments in (everything, bare):
         torch.library.opcheck(ops.linear_logprob.default, arguments)
         torch.library.opcheck(ops.linear_logprob_entropy.default, arguments)
     pair = (x, w, x.detach().clone(), w.detach().clone())
-    torch.library.opcheck(ops.linear_kl.default, (*pair, ids, mask, 0.7, None, False, ""))
-    torch.library.opcheck(ops.linear_kl.default, (*pair, None, None, 1.0, mask + 0.5, False, ""))
+    torch.library.opcheck(ops.linear_kl.default, (*pair, ids, mask, 0.7, None, False, 0, ""))
+    torch.library.opcheck(ops.linear_kl.default, (*pair, None, None, 1.0, mask + 0.5, False, 0, ""))
 
     def function(x, w, bias, a, b):
         out = rlhf_fast.linear_logprob_entropy(x, w, ids, bias=bias, lora=(a, b, 0.5), mask=mask)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rlhf_fast
-from rlhf_fast.kernels.linear_head import _chunks, _tiles, reference_ppo
+from rlhf_fast.kernels.linear_head import _logits, _tiles, reference_ppo
 from rlhf_fast.testing import (
     assert_accurate,
     assert_same_bits,
@@ -34,7 +34,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(_tiles, "ROWS", 5)
     monkeypatch.setattr(reference_ppo, "INVARIANT_ROWS", 7)
     monkeypatch.setattr(reference_ppo, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(_chunks, "MIN_ROWS", 7)
+    monkeypatch.setattr(_logits, "MIN_ROWS", 7)
     monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", "1")
 
 

@@ -263,7 +263,7 @@ void forward(const KlArgs& args) {
 // gradient may be written over the logits.
 struct GradientRow {
   KlRow c;
-  float chosen, ref_chosen;  // logits of the token, NaN where its id is out of range
+  float chosen, ref_chosen;  // logits of the token, as kl_row takes them
 };
 
 template <class T, class R>
@@ -273,6 +273,8 @@ GradientRow gradient_row(const KlBackwardArgs& args, int64_t row) {
   if (y >= 0 && y < args.in.vocabulary) {
     r.chosen = logit(row_of<T>(args.in, row), y);
     r.ref_chosen = logit(row_of<R>(args.ref, row), y);
+  } else if (y == kElsewhere) {
+    r.chosen = r.ref_chosen = 0.0f;
   }
   r.c = kl_row(args, row, r.chosen);
   return r;

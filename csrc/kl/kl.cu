@@ -143,11 +143,12 @@ RLHF_HD double block_sum_double(double x, double* shared) {
   return x;
 }
 
-// The logit of the row's token. Ids are not checked on the device: one out of range reads nothing
-// and gives NaN.
+// The logit of the row's token, 0 for kElsewhere. Ids are not checked on the device: one out of
+// range reads nothing and gives NaN.
 template <class T>
 RLHF_HD float chosen_logit(const LogitRows& in, const T* z, int64_t y) {
-  return y >= 0 && y < in.vocabulary ? to_float(z[y]) : not_a_number();
+  if (y >= 0 && y < in.vocabulary) return to_float(z[y]);
+  return y == kElsewhere ? 0.0f : not_a_number();
 }
 
 template <class T, class R>

@@ -100,12 +100,12 @@ RLHF_HD F kl_estimate_gradient(F grad, F logprob, F ref_logprob, const KlEstimat
 struct KlRow {
   float rate, row_max, log_sum, ref_row_max;
   float k, mean, lost;    // mean + lost = sum p (d - r): it cancels where one token has all of p
-  float g;                // 0 for a log-prob of -inf, NaN for an id out of range
+  float g;                // 0 for a log-prob of -inf, NaN for an unknown id out of range
   float h, entropy_mean;  // entropy_mean = sum p d
   bool with_kl;           // false where KL is +inf: it gets no gradient, but what is beside it does
 };
 
-// `chosen` is the logit of the token, NaN where its id is out of range.
+// `chosen` is the logit of the token, any number for kElsewhere, NaN for another id out of range.
 RLHF_HD KlRow kl_row(const KlBackwardArgs& args, int64_t row, float chosen) {
   KlRow c;
   c.rate = rate_of(args.in, row);

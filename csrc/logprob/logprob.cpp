@@ -230,7 +230,7 @@ GradientRow<T> gradient_row(const LogprobBackwardArgs& args, int64_t row) {
   GradientRow<T> r = {row_gradient<ENTROPY>(args, row), {}};
   const int64_t y = args.in.ids[row];
   if (y < 0 || y >= args.in.vocabulary) {
-    r.c.g = NAN;
+    if (y != kElsewhere) r.c.g = NAN;
     return r;
   }
   T one[W] = {};
@@ -240,8 +240,8 @@ GradientRow<T> gradient_row(const LogprobBackwardArgs& args, int64_t row) {
 }
 
 // The gradient is computed number by number, so neither `piece` nor alignment can change it.
-template <class T, bool ENTROPY>
-void backward_piece(const T* z, int n, RowGradient c, T* out) {
+template <class T, class O, bool ENTROPY>
+void backward_piece(const T* z, int n, RowGradient c, O* out) {
   int i = 0;
   for (; i + W <= n; i += W) {
     prefetch(z, i);
@@ -249,43 +249,45 @@ void backward_piece(const T* z, int n, RowGradient c, T* out) {
   }
   if (i < n) {
     T rest[W] = {};
+    O result[W];
     std::memcpy(rest, z + i, (n - i) * sizeof(T));
-    store(rest, logit_gradient<ENTROPY, false>(load(rest), c));
-    std::memcpy(out + i, rest, (n - i) * sizeof(T));
+    store(result, logit_gradient<ENTROPY, false>(load(rest), c));
+    std::memcpy(out + i, result, (n - i) * sizeof(O));
   }
 }
 
 // The gradient of the piece that begins at `begin`.
-template <class T, bool ENTROPY>
+template <class T, class O, bool ENTROPY>
 void write_piece(const LogprobBackwardArgs& args, int64_t row, int64_t begin,
                  const GradientRow<T>& r) {
   const LogitRows& in = args.in;
   const int n = columns_of(in, begin);
-  T* const out = static_cast<T*>(args.out) + row * in.vocabulary + begin;
+  O* const out = static_cast<O*>(args.out) + row * in.vocabulary + begin;
   if (!is_live(in, row)) {
-    std::memset(static_cast<void*>(out), 0, n * sizeof(T));
+    std::memset(static_cast<void*>(out), 0, n * sizeof(O));
     return;
   }
-  backward_piece<T, ENTROPY>(row_of<T>(in, row) + begin, n, r.c, out);
+  backward_piece<T, O, ENTROPY>(row_of<T>(in, row) + begin, n, r.c, out);
   const int64_t y = in.ids[row];
   if (y >= begin && y < begin + n) {
-    T one[W] = {r.chosen};
-    store(one, logit_gradient<ENTROPY, true>(load(one), r.c));
-    out[y - begin] = one[0];
+    const T one[W] = {r.chosen};
+    O result[W];
+    store(result, logit_gradient<ENTROPY, true>(load(one), r.c));
+    out[y - begin] = result[0];
   }
 }
 
-template <class T, bool ENTROPY>
+template <class T, class O, bool ENTROPY>
 void backward(const LogprobBackwardArgs& args) {
   const LogitRows& in = args.in;
-  advise_large_pages(args.out, in.rows * in.vocabulary * sizeof(T));
+  advise_large_pages(args.out, in.rows * in.vocabulary * sizeof(O));
   const int64_t count = pieces_of(in);
   std::vector<GradientRow<T>> rows(in.rows);
   parallel_for(in.rows, kPiece, in.threads, [&](int64_t row) {
     if (is_live(in, row)) rows[row] = gradient_row<T, ENTROPY>(args, row);
   });
   parallel_for(in.rows * count, grain_of(in, count), in.threads, [&](int64_t task) {
-    write_piece<T, ENTROPY>(args, task / count, task % count * kPiece, rows[task / count]);
+    write_piece<T, O, ENTROPY>(args, task / count, task % count * kPiece, rows[task / count]);
   });
 }
 
@@ -295,7 +297,7 @@ void forward_and_backward(const LogprobGradArgs& args) {
   const LogitRows& in = args.forward.in;
   if (in.rows < 2 * in.threads) {  // too few for each thread: their pieces are shared out instead
     forward<T, CAP, true>(args.forward);
-    backward<T, ENTROPY>(args.backward);
+    backward<T, T, ENTROPY>(args.backward);
     return;
   }
   advise_large_pages(args.backward.out, in.rows * in.vocabulary * sizeof(T));
@@ -309,7 +311,7 @@ void forward_and_backward(const LogprobGradArgs& args) {
     if (live) r = gradient_row<T, ENTROPY>(args.backward, row);
     // From the end, which was read last.
     for (int64_t i = pieces_of(in) - 1; i >= 0; --i)
-      write_piece<T, ENTROPY>(args.backward, row, i * kPiece, r);
+      write_piece<T, T, ENTROPY>(args.backward, row, i * kPiece, r);
   });
 }
 
@@ -326,9 +328,10 @@ void logprob(const LogprobArgs& args) {
 }
 
 void logprob_backward(const LogprobBackwardArgs& args) {
-  with_type(args.in.dtype, [&](auto type) {
+  with_gradient_types(args.in.dtype, args.out_dtype, [&](auto type, auto out_type) {
     using T = decltype(type);
-    args.grad_entropy ? backward<T, true>(args) : backward<T, false>(args);
+    using O = decltype(out_type);
+    args.grad_entropy ? backward<T, O, true>(args) : backward<T, O, false>(args);
   });
 }
 

@@ -120,11 +120,12 @@ RLHF_HD void store_values(const LogprobArgs& args, int64_t row, const RowValues&
   if (WEIGHTED) args.entropy[row] = values.entropy;
 }
 
-// The logit of the row's token. Ids are not checked on the device: one out of range reads nothing
-// and gives NaN.
+// The logit of the row's token, 0 for kElsewhere. Ids are not checked on the device: one out of
+// range reads nothing and gives NaN.
 template <class T>
 RLHF_HD float chosen_logit(const LogitRows& in, const T* z, int64_t y) {
-  return y >= 0 && y < in.vocabulary ? to_float(z[y]) : not_a_number();
+  if (y >= 0 && y < in.vocabulary) return to_float(z[y]);
+  return y == kElsewhere ? 0.0f : not_a_number();
 }
 
 template <class T, bool WEIGHTED, bool CAPPED, int PACKS>
@@ -144,12 +145,14 @@ RLHF_HD void forward_row(const LogprobArgs& args) {
   store_values<WEIGHTED>(args, row, values_of<WEIGHTED>(sums, chosen, in.softcap, rate), sums.top);
 }
 
-template <class T, bool ENTROPY>
+template <class T, class O, bool ENTROPY>
 RLHF_HD void backward_row(const LogprobBackwardArgs& args) {
+  constexpr int N = Pack<O>::kSize, M = Pack<T>::kSize;
+  static_assert(N % M == 0, "a pack of the gradient is whole packs of logits");
   const LogitRows& in = args.in;
   const int64_t row = blockIdx.x;
   const int vocabulary = static_cast<int>(in.vocabulary);
-  T* const out = static_cast<T*>(args.out) + row * in.vocabulary;
+  O* const out = static_cast<O*>(args.out) + row * in.vocabulary;
   if (!is_live(in, row)) return store_zeros(out, vocabulary);  // the same for the whole block
   const T* const z = row_of<T>(in, row);
   const float chosen = chosen_logit(in, z, in.ids[row]);
@@ -159,17 +162,21 @@ RLHF_HD void backward_row(const LogprobBackwardArgs& args) {
   __syncthreads();  // `out` may be the logits: all have read theirs before it is written
   // Computed number by number, so alignment may choose which thread does it.
   const auto gradient = [&](T logit) {
-    T result;
+    O result;
     convert(logit_gradient<ENTROPY, false>(to_float(logit), c), result);
     return result;
   };
   cover_aligned(
-      out, vocabulary, Pack<T>::kSize, [&](int i) { out[i] = gradient(z[i]); },
+      out, vocabulary, N, [&](int i) { out[i] = gradient(z[i]); },
       [&](int i) {
-        Pack<T> pack = load_pack(z + i);
+        Pack<O> result;
 #pragma unroll
-        for (int k = 0; k < Pack<T>::kSize; ++k) pack.x[k] = gradient(pack.x[k]);
-        store_pack(out + i, pack);
+        for (int part = 0; part < N; part += M) {
+          const Pack<T> pack = load_pack(z + i + part);
+#pragma unroll
+          for (int k = 0; k < M; ++k) result.x[part + k] = gradient(pack.x[k]);
+        }
+        store_pack(out + i, result);
       });
   const int64_t y = in.ids[row];
   if (y < 0 || y >= vocabulary) return;
@@ -183,10 +190,10 @@ __global__ void __launch_bounds__(kThreads, CAPPED ? 3 : kBlocks) logprob_kernel
   forward_row<T, WEIGHTED, CAPPED, 1>(args);
 }
 
-template <class T, bool ENTROPY>
+template <class T, class O, bool ENTROPY>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     logprob_backward_kernel(LogprobBackwardArgs args) {
-  backward_row<T, ENTROPY>(args);
+  backward_row<T, O, ENTROPY>(args);
 }
 
 template <class T, bool ENTROPY>
@@ -197,7 +204,7 @@ __global__ void __launch_bounds__(kOnePassThreads, 1)
   else
     forward_row<T, true, false, kOnePassPacks>(args.forward);
   __syncthreads();  // thread 0 has written what all read
-  backward_row<T, ENTROPY>(args.backward);
+  backward_row<T, T, ENTROPY>(args.backward);
 }
 
 std::string describe(const char* op, const LogitRows& in) {
@@ -238,11 +245,13 @@ void logprob_backward(const LogprobBackwardArgs& args, int device, void* stream)
   const int threads = threads_of(args.in, kThreads, what);
   const auto queue = static_cast<cudaStream_t>(stream);
   DeviceGuard guard(device);
-  with_type(args.in.dtype, [&](auto type) {
+  with_gradient_types(args.in.dtype, args.out_dtype, [&](auto type, auto out_type) {
+    using T = decltype(type);
+    using O = decltype(out_type);
     if (args.grad_entropy)
-      logprob_backward_kernel<decltype(type), true><<<grid, threads, 0, queue>>>(args);
+      logprob_backward_kernel<T, O, true><<<grid, threads, 0, queue>>>(args);
     else
-      logprob_backward_kernel<decltype(type), false><<<grid, threads, 0, queue>>>(args);
+      logprob_backward_kernel<T, O, false><<<grid, threads, 0, queue>>>(args);
   });
   check_launch(what);
 }

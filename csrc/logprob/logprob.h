@@ -14,6 +14,10 @@
 
 namespace rlhf {
 
+// The id of a token that is not among a row's columns, for rows that are a part of a vocabulary. The
+// backward pass takes its log-prob to be finite; that of the forward pass says nothing.
+constexpr int64_t kElsewhere = -(int64_t{1} << 62);
+
 // Row n starts at (n / inner) stride_outer + (n % inner) stride_inner and is dense.
 struct LogitRows {
   const void* logits;
@@ -39,7 +43,15 @@ struct LogprobBackwardArgs {
   const float *grad_logprob, *row_max, *log_sum;  // [rows]
   const float *grad_entropy, *entropy;            // [rows], or both null
   void* out;  // [rows, vocabulary]; may be the logits themselves where those are contiguous
+  Dtype out_dtype;  // that of the logits, or any for float logits
 };
+
+// Calls f(T{}, O{}) with the types of the logits and of their gradient.
+template <class Function>
+void with_gradient_types(Dtype logits, Dtype gradient, Function f) {
+  if (logits == gradient) return with_type(logits, [&](auto type) { f(type, type); });
+  with_type(gradient, [&](auto type) { f(float{}, type); });
+}
 
 // Values and gradient in one pass: `backward` reads what `forward` writes.
 struct LogprobGradArgs {

@@ -11,8 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import ELSEWHERE
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+NOT_HERE = tl.constexpr(ELSEWHERE)
 
 
 @triton.jit

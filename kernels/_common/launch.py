@@ -17,11 +17,22 @@ def flat(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
-def gradient_of(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    """Where the gradient of `x` goes: a new tensor, or `out`, which may be `x` itself."""
+# The id of a token that is not among a row's columns; csrc/logprob/logprob.h has the same number.
+ELSEWHERE = -(2**62)
+
+
+def gradient_of(
+    x: torch.Tensor, out: torch.Tensor | None, *, rounded: bool = False
+) -> torch.Tensor:
+    """Where the gradient of `x` goes: a new tensor, or `out`, which may be `x` itself.
+
+    With `rounded`, `out` may be in half precision where `x` is float32.
+    """
     if out is None:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():
+    half = out.dtype in (torch.bfloat16, torch.float16) and x.dtype == torch.float32
+    fits = out.dtype == x.dtype or (rounded and half)
+    if out.shape != x.shape or not fits or not out.is_contiguous():
         raise ValueError(
             f"out: expected a contiguous {str(x.dtype)[6:]} tensor of shape {tuple(x.shape)}, got "
             f"{str(out.dtype)[6:]} of shape {tuple(out.shape)} and strides {out.stride()}"

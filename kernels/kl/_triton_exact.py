@@ -11,7 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels._common.device_math import LOG2_E, expm1, row_rate, tree_sum
+from rlhf_fast.kernels._common.device_math import (
+    LOG2_E,
+    NOT_HERE,
+    expm1,
+    row_rate,
+    tree_sum,
+)
 
 
 @triton.jit
@@ -192,8 +198,9 @@ def backward_kernel(
         if grad_logprob_ptr is not None:
             logprob = (_logits(z_base, token, V) - row_max) * rate - log_sum
             g = tl.load(grad_logprob_ptr + row) * rate
-            g = tl.where(logprob == float("-inf"), 0.0, g)
-            g = tl.where((token >= 0) & (token < V), g, float("nan"))
+            inside = (token >= 0) & (token < V)
+            g = tl.where(inside & (logprob == float("-inf")), 0.0, g)
+            g = tl.where(inside | (token == NOT_HERE), g, float("nan"))
             g_token = -g * expm1(logprob)
         if grad_entropy_ptr is not None:
             h = tl.load(grad_entropy_ptr + row) * rate

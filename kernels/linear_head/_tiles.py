@@ -63,6 +63,12 @@ def product(
     return torch.mm(a, b, out=out)
 
 
+def split(first: int, last: int, size: int) -> Iterator[slice]:
+    """The numbers from `first` to below `last` in slices of `size`."""
+    for start in range(first, last, size):
+        yield slice(start, min(start + size, last))
+
+
 @dataclass
 class Rows:
     """The tokens of one call, in the arithmetic's dtype, padded to whole blocks.
@@ -123,8 +129,7 @@ class Rows:
         return torch.where(live if x.ndim == 1 else live.unsqueeze(-1), x, 0.0)
 
     def blocks(self) -> Iterator[slice]:
-        for first in range(0, self.hidden.shape[0], self.block):
-            yield slice(first, first + self.block)
+        return split(0, self.hidden.shape[0], self.block)
 
     def temper(self, x: torch.Tensor, block: slice) -> torch.Tensor:
         """`x` over the temperature of its rows, in place."""
@@ -133,15 +138,17 @@ class Rows:
             return x.div_(t[block])
         return x if t == 1.0 else x.div_(t)
 
-    def scratch(self, name: str, block: slice, columns: slice) -> torch.Tensor:
+    def scratch(
+        self, name: str, block: slice, columns: slice, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """A buffer of a tile's shape, the same memory at each tile; the first is the largest.
 
         A fresh tile of 4 MiB costs more in page faults than most of what is done to it.
         """
         size = columns.stop - columns.start
         if name not in self.buffers:
-            self.buffers[name] = self.hidden.new_empty(self.block * size)
-        rows = min(block.stop, self.hidden.shape[0]) - block.start
+            self.buffers[name] = self.hidden.new_empty(self.block * size, dtype=dtype)
+        rows = block.stop - block.start
         return self.buffers[name][: rows * size].view(rows, size)
 
     def new(self, *columns: int) -> torch.Tensor:
@@ -162,9 +169,7 @@ class Head:
 
     def slices(self, width: int | None = None) -> Iterator[slice]:
         """The vocabulary in slices of `width`, SLICE unless told."""
-        vocabulary, width = self.weight.shape[0], width or SLICE
-        for first in range(0, vocabulary, width):
-            yield slice(first, min(first + width, vocabulary))
+        return split(0, self.weight.shape[0], width or SLICE)
 
     def down(self, rows: Rows) -> torch.Tensor | None:
         """x A^T [N, r], block by block so that rows stay independent."""

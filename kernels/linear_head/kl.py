@@ -8,7 +8,7 @@ from rlhf_fast import _args, _dispatch, _invariant
 from rlhf_fast.kernels.kl.op import KLFull
 from rlhf_fast.kernels.logprob.op import as_temperature
 
-from .op import check_head, check_head_values, new_gradients
+from .op import check_head, check_head_values, kept_rows, new_gradients
 from .reference_kl import IGNORE_INDEX
 
 _dispatch.implementations("linear_kl", __package__)
@@ -19,9 +19,10 @@ _ARGUMENTS = (
 )
 
 
-def _fake(hidden, weight, ref_hidden, *_):
+def _fake(hidden, weight, ref_hidden, *others):
     dtype = _args.compute_dtype(torch.promote_types(hidden.dtype, ref_hidden.dtype))
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(8))
+    rows = tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(8))
+    return *rows, *(hidden.new_empty(others[-2], weight.shape[0], dtype=dtype) for _ in range(2))
 
 
 def _fake_backward(grad_kl, grad_logprob, grad_entropy, hidden, weight, *others):
@@ -36,8 +37,8 @@ def _check(hidden, weight, ref_hidden, ref_weight, ids, mask, temperature, tempe
 
 _dispatch.define(
     "linear_kl",
-    f"linear_kl({_ARGUMENTS}, str backend) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_kl({_ARGUMENTS}, int keep, str backend) -> "
+    f"({', '.join(['Tensor'] * 10)})",
     fake=_fake,
     check=_check,
 )
@@ -45,7 +46,8 @@ _dispatch.define(
     "linear_kl",
     "linear_kl_backward(Tensor grad_kl, Tensor grad_logprob, Tensor grad_entropy, "
     f"{_ARGUMENTS}, Tensor kl, Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum, "
-    "Tensor ref_row_max, Tensor ref_log_sum, bool[] needs, str backend) -> (Tensor, Tensor)",
+    "Tensor ref_row_max, Tensor ref_log_sum, Tensor kept, Tensor ref_kept, bool[] needs, "
+    "str backend) -> (Tensor, Tensor)",
     fake=_fake_backward,
     dtype_of=3,
 )
@@ -53,23 +55,28 @@ _dispatch.once_differentiable("linear_kl_backward")
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *heads, temperature, temperatures, invariant, backend = inputs
+    *heads, temperature, temperatures, invariant, _, backend = inputs
     kl, logprob, ref_logprob, entropy, *stats = output
     ctx.mark_non_differentiable(ref_logprob, *stats)
+    ctx.set_materialize_grads(False)  # zeros as large as what is kept
     ctx.save_for_backward(*heads, temperatures, kl, logprob, entropy, *stats)
     ctx.scalars = temperature, invariant, backend
 
 
 def _backward(ctx, grad_kl, grad_logprob, _, grad_entropy, *__):
-    *heads, temperatures, kl, logprob, entropy, a, b, c, d = ctx.saved_tensors
+    *heads, temperatures, kl, logprob, entropy, a, b, c, d, kept, ref_kept = ctx.saved_tensors
+    grad_kl, grad_logprob, grad_entropy = (
+        torch.zeros_like(kl) if grad is None else grad
+        for grad in (grad_kl, grad_logprob, grad_entropy)
+    )
     temperature, invariant, backend = ctx.scalars
     needs = list(ctx.needs_input_grad[:2])
     grads = torch.ops.rlhf_fast.linear_kl_backward(
         grad_kl, grad_logprob, grad_entropy, *heads, temperature, temperatures, invariant, kl,
-        logprob, entropy, a, b, c, d, needs, backend,
+        logprob, entropy, a, b, c, d, kept, ref_kept, needs, backend,
     )  # fmt: skip
     grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return *grads, *[None] * 8
+    return *grads, *[None] * 9
 
 
 _dispatch.differentiable("linear_kl", setup_context=_setup_context, backward=_backward)
@@ -136,12 +143,14 @@ def linear_kl(
             x.to(dtype) for x in (hidden, weight, ref_hidden, ref_weight)
         )
     number, tensor = as_temperature(temperature, rows, hidden.device, dtype)
+    hidden, ref_hidden = (x.reshape(-1, x.shape[-1]) for x in (hidden, ref_hidden))
+    ids, mask = (None if x is None else x.reshape(-1) for x in (ids, mask))
+    invariant = _invariant.requested()
+    some = hidden, weight, ids, mask, IGNORE_INDEX, invariant
     out = torch.ops.rlhf_fast.linear_kl(
-        hidden.reshape(-1, hidden.shape[-1]), weight,
-        ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(),
-        None if ids is None else ids.reshape(-1), None if mask is None else mask.reshape(-1),
-        number, None if tensor is None else tensor.reshape(-1), _invariant.requested(),
-        _dispatch.requested("linear_kl"),
+        hidden, weight, ref_hidden.detach(), ref_weight.detach(), ids, mask, number,
+        None if tensor is None else tensor.reshape(-1), invariant,
+        kept_rows("linear_kl", *some, (hidden, weight), heads=2), _dispatch.requested("linear_kl"),
     )  # fmt: skip
     kl, logprob, ref_logprob, entropy = (x.reshape(rows) for x in out[:4])
     return KLFull(kl, *(None, None) if ids is None else (logprob, ref_logprob), entropy)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses import FakeTensor
 
 from rlhf_fast import _args, _dispatch, _invariant
 from rlhf_fast.kernels.logprob.op import LogprobEntropy, as_temperature, check_token_values
@@ -43,6 +44,30 @@ def new_rows(hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     return tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(count))
 
 
+def new_kept(hidden: torch.Tensor, weight: torch.Tensor, others: tuple) -> torch.Tensor:
+    """An empty tensor for the logits that are kept, given the arguments behind `weight`."""
+    return hidden.new_empty(others[-2], weight.shape[0], dtype=_args.compute_dtype(hidden.dtype))
+
+
+def kept_rows(
+    op: str, hidden, weight, ids, mask, ignore_index, invariant, inputs: tuple, heads: int = 1
+) -> int:
+    """How many rows' logits a call of `op` keeps for its backward pass.
+
+    None where no gradient is asked of `inputs`, and none under torch.compile: the number depends on
+    the mask.
+    """
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if not needed or torch.compiler.is_compiling() or isinstance(hidden, FakeTensor):
+        return 0
+    served = _dispatch.choose(op, hidden.device.type, hidden.dtype, _dispatch.requested(op))
+    head = getattr(served, "__self__", None)  # the reference keeps nothing
+    if head is None:
+        return 0
+    live = live_tokens(hidden.new_zeros(len(hidden)) if ids is None else ids, mask, ignore_index)
+    return head.kept_rows(weight.shape[0], live, invariant, heads)
+
+
 def new_gradients(hidden: torch.Tensor, inputs: tuple, needs: list[bool]) -> tuple:
     """Empty gradients of `inputs`; of size 0 where not needed."""
     return tuple(
@@ -58,20 +83,21 @@ def _fake_backward(grad_logprob, grad_entropy, hidden, weight, ids, bias, lora_a
 
 _dispatch.define(
     "linear_logprob",
-    f"linear_logprob({ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor)",
-    fake=lambda hidden, *_: new_rows(hidden, 3),
+    f"linear_logprob({ARGUMENTS}, int keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda hidden, weight, *others: (*new_rows(hidden, 3), new_kept(hidden, weight, others)),
     check=check_values,
 )
 _dispatch.define(
     "linear_logprob_entropy",
-    f"linear_logprob_entropy({ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda hidden, *_: new_rows(hidden, 4),
+    f"linear_logprob_entropy({ARGUMENTS}, int keep, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda hidden, weight, *others: (*new_rows(hidden, 4), new_kept(hidden, weight, others)),
     check=check_values,
 )
 _dispatch.define(
     "linear_logprob",
     f"linear_logprob_backward(Tensor grad_logprob, Tensor? grad_entropy, {ARGUMENTS}, "
-    "Tensor logprob, Tensor row_max, Tensor log_sum, Tensor? entropy, bool[] needs, "
+    "Tensor logprob, Tensor row_max, Tensor log_sum, Tensor? entropy, Tensor kept, bool[] needs, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     dtype_of=2,
@@ -83,13 +109,16 @@ GRADIENTS = (0, 1, 3, 4, 5)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *arguments, backend = inputs
-    logprob, *entropy, row_max, log_sum = output
-    ctx.mark_non_differentiable(row_max, log_sum)
+    *arguments, _, backend = inputs
+    logprob, *entropy, row_max, log_sum, kept = output
+    ctx.mark_non_differentiable(row_max, log_sum, kept)
+    ctx.set_materialize_grads(False)  # zeros as large as what is kept
     ctx.tensors = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
     ctx.arguments = [None if isinstance(x, torch.Tensor) else x for x in arguments]
     ctx.backend = backend
-    ctx.save_for_backward(*(arguments[i] for i in ctx.tensors), logprob, row_max, log_sum, *entropy)
+    ctx.save_for_backward(
+        *(arguments[i] for i in ctx.tensors), logprob, row_max, log_sum, kept, *entropy
+    )
 
 
 def _gradient(ctx, grad_logprob, grad_entropy):
@@ -97,13 +126,17 @@ def _gradient(ctx, grad_logprob, grad_entropy):
     saved = ctx.saved_tensors  # once: checkpointing allows no second look
     for i, x in zip(ctx.tensors, saved, strict=False):
         arguments[i] = x
-    logprob, row_max, log_sum, *entropy = saved[count:]
+    logprob, row_max, log_sum, kept, *entropy = saved[count:]
+    if grad_logprob is None:
+        grad_logprob = torch.zeros_like(logprob)
+    if grad_entropy is None:
+        entropy = []
     needs = [ctx.needs_input_grad[i] for i in GRADIENTS]
     grads = torch.ops.rlhf_fast.linear_logprob_backward(
         grad_logprob, grad_entropy, *arguments, logprob, row_max, log_sum,
-        entropy[0] if entropy else None, needs, ctx.backend,
+        entropy[0] if entropy else None, kept, needs, ctx.backend,
     )  # fmt: skip
-    out = [None] * (len(arguments) + 1)
+    out = [None] * (len(arguments) + 2)
     for i, need, grad in zip(GRADIENTS, needs, grads, strict=True):
         out[i] = grad if need else None
     return tuple(out)
@@ -198,6 +231,12 @@ def prepare(
     )  # fmt: skip
 
 
+def _keep(op: str, arguments: tuple) -> int:
+    """`kept_rows` of the arguments that `prepare` gives."""
+    some = (arguments[i] for i in (0, 1, 2, 6, 12, -1))
+    return kept_rows(op, *some, tuple(arguments[i] for i in GRADIENTS))
+
+
 def linear_logprob(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -263,7 +302,9 @@ def linear_logprob(
         hidden, weight, ids, bias, temperature, mask, ignore_index, softcap, logit_scale, lora,
         group,
     )  # fmt: skip
-    out = torch.ops.rlhf_fast.linear_logprob(*arguments, _dispatch.requested("linear_logprob"))
+    keep = _keep("linear_logprob", arguments)
+    backend = _dispatch.requested("linear_logprob")
+    out = torch.ops.rlhf_fast.linear_logprob(*arguments, keep, backend)
     return out[0].reshape(ids.shape)
 
 
@@ -300,7 +341,7 @@ def linear_logprob_entropy(
         hidden, weight, ids, bias, temperature, mask, ignore_index, softcap, logit_scale, lora,
         group,
     )  # fmt: skip
-    out = torch.ops.rlhf_fast.linear_logprob_entropy(
-        *arguments, _dispatch.requested("linear_logprob_entropy")
-    )
+    keep = _keep("linear_logprob_entropy", arguments)
+    backend = _dispatch.requested("linear_logprob_entropy")
+    out = torch.ops.rlhf_fast.linear_logprob_entropy(*arguments, keep, backend)
     return LogprobEntropy(out[0].reshape(ids.shape), out[1].reshape(ids.shape))

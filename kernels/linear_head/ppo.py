@@ -78,12 +78,24 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*(unit for _, unit in pairs), *(inputs[i] for i, _ in pairs))
 
 
+def _rounded(grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """grad * unit in the dtype of `source`.
+
+    A GPU scales and rounds in one pass: for a head of 131072 x 4096 in bfloat16 that moves 3.2 GB,
+    not 7.5.
+    """
+    traced = torch.is_grad_enabled() or type(grad) is not torch.Tensor  # see `scaled`
+    if traced or not unit.is_cuda or unit.dtype == source.dtype:
+        return scaled(grad, unit, source).to(source.dtype)
+    return torch.mul(unit, grad, out=torch.empty_like(unit, dtype=source.dtype))
+
+
 def _backward(ctx, grad, *_):
     saved, count = ctx.saved_tensors, len(ctx.places)
     out = [None] * _COUNT
     for i, unit, source in zip(ctx.places, saved[:count], saved[count:], strict=True):
         if ctx.needs_input_grad[i]:
-            out[i] = scaled(grad, unit, source).to(source.dtype)
+            out[i] = _rounded(grad, unit, source)
     return tuple(out)
 
 

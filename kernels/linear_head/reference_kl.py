@@ -73,8 +73,10 @@ def linear_kl(
     temperature: float,
     temperatures: torch.Tensor | None,
     invariant: bool,
+    keep: int = 0,
 ) -> tuple[torch.Tensor, ...]:
-    """(kl, logprob, ref_logprob, entropy, row_max, log_sum, ref_row_max, ref_log_sum), each [N].
+    """(kl, logprob, ref_logprob, entropy, row_max, log_sum, ref_row_max, ref_log_sum), each [N],
+    and kept logits of policy and reference, of which there are none.
 
     Without `ids` the two log-probs are those of token 0.
     """
@@ -122,7 +124,8 @@ def linear_kl(
         ref_row_max,
         ref_log_sum,
     )
-    return tuple(rows.whole(value) for value in values)
+    kept = (hidden.new_empty(keep, weight.shape[0], dtype=dtype) for _ in range(2))
+    return *(rows.whole(value) for value in values), *kept
 
 
 @full_precision
@@ -146,6 +149,8 @@ def linear_kl_backward(
     log_sum: torch.Tensor,
     ref_row_max: torch.Tensor,
     ref_log_sum: torch.Tensor,
+    kept: torch.Tensor,
+    ref_kept: torch.Tensor,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of hidden and weight; a row whose KL is +inf gives none to kl."""

@@ -51,8 +51,11 @@ def _forward(
     ignore_index: int,
     group: str,
     invariant: bool,
+    keep: int = 0,
 ) -> tuple[torch.Tensor, ...]:
-    """(logprob, entropy, row_max, log_sum), each [N]; 0 where a token is masked.
+    """(logprob, entropy, row_max, log_sum), each [N], and kept logits, of which there are none.
+
+    All of them are 0 where a token is masked.
 
     This is both ops of the name `linear_logprob*`: without `with_entropy` the entropy is not one.
     """
@@ -83,20 +86,20 @@ def _forward(
     log_sum = torch.where(empty, 0.0, total.log())
     entropy = torch.where(empty, 0.0, log_sum - weighted / total)
     values = ((picked - finite(row_max)) - log_sum, entropy, row_max, log_sum)
-    return tuple(rows.whole(value) for value in values)
+    return *map(rows.whole, values), hidden.new_empty(keep, weight.shape[0], dtype=dtype)
 
 
 @full_precision
 def linear_logprob_entropy(*arguments) -> tuple[torch.Tensor, ...]:
-    """(logprob, entropy, row_max, log_sum), each [N]."""
+    """(logprob, entropy, row_max, log_sum), each [N], and no kept logits."""
     return _forward(True, *arguments)
 
 
 @full_precision
-def linear_logprob(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprob, row_max, log_sum), each [N]."""
-    lp, _, row_max, log_sum = _forward(False, *arguments)
-    return lp, row_max, log_sum
+def linear_logprob(*arguments) -> tuple[torch.Tensor, ...]:
+    """(logprob, row_max, log_sum), each [N], and no kept logits."""
+    lp, _, row_max, log_sum, kept = _forward(False, *arguments)
+    return lp, row_max, log_sum, kept
 
 
 def backward_sweep(
@@ -121,6 +124,7 @@ def backward_sweep(
     row_max: torch.Tensor,
     log_sum: torch.Tensor,
     entropy: torch.Tensor | None,
+    kept: torch.Tensor,
     needs: list[bool],
     slicewise: bool = True,
 ) -> list[torch.Tensor | None]:

@@ -53,6 +53,7 @@ class Sweeps(NamedTuple):
     linear_logprob_entropy: Callable[..., tuple]
     backward_sweep: Callable[..., list]
     one_sweep: Callable[..., tuple]
+    kept_rows: Callable[..., int]
     tensor_cores: bool = False
 
 
@@ -176,15 +177,16 @@ def policy_loss_of_head(
     if kind == "gspo" or group or not any(needs):
         # A sequence's ratio, or another rank's part of a row, is not known in time.
         entropy = None
+        keep = sweeps.kept_rows(weight.shape[0], live, invariant) if any(needs) else 0
         if with_entropy:
-            logprob, entropy, *saved = sweeps.linear_logprob_entropy(*head_arguments)
+            logprob, entropy, *saved, kept = sweeps.linear_logprob_entropy(*head_arguments, keep)
         else:
-            logprob, *saved = sweeps.linear_logprob(*head_arguments)
+            logprob, *saved, kept = sweeps.linear_logprob(*head_arguments, keep)
         loss, stats, unit, unit_entropy, unit_advantages = whole_loss(logprob, entropy)
         if any(needs):
             units = (x if x is None else x.flatten().to(dtype) for x in (unit, unit_entropy))
             parts = sweeps.backward_sweep(
-                *units, *head_arguments, logprob, *saved, entropy, needs, False
+                *units, *head_arguments, logprob, *saved, entropy, kept, needs, False
             )
     else:
         rows = Rows.of(
@@ -221,7 +223,9 @@ def policy_loss_of_head(
     return loss, stats, *parts, unit_advantages
 
 
-_SWEEPS = Sweeps(linear_logprob, linear_logprob_entropy, backward_sweep, _one_sweep)
+_SWEEPS = Sweeps(
+    linear_logprob, linear_logprob_entropy, backward_sweep, _one_sweep, kept_rows=lambda *_: 0
+)
 
 
 @full_precision

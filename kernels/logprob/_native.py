@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from rlhf_fast.kernels._common.launch import flat, gradient_of
-from rlhf_fast.kernels._common.native import LogitRows, address, kernel, place
+from rlhf_fast.kernels._common.native import LogitRows, address, dtype_number, kernel, place
 
 
 def _forward(logits, ids, options, entropy):
@@ -72,16 +72,21 @@ def logprob_backward(
 ) -> torch.Tensor:
     """Gradient of the logits, contiguous and in their dtype.
 
-    It is written to `out` where that is given: contiguous, of the shape and dtype of `logits`, and
-    either `logits` itself or no part of it.
+    It is written to `out` where that is given: contiguous, of the shape and dtype of `logits` or,
+    for float32 logits, in half precision, and either `logits` itself or no part of it. An id of
+    `ELSEWHERE` stands for a token that is not among these columns, possible in the whole vocabulary
+    that `row_max`, `log_sum` and `entropy` belong to.
     """
     options = (mask, temperature, temperatures, softcap, ignore_index)
-    out = gradient_of(logits, out)
+    out = gradient_of(logits, out, rounded=True)
     if ids.numel():
         rows = LogitRows(logits, ids, *options)
         vectors = [flat(x) for x in (grad_logprob, grad_entropy, row_max, log_sum, entropy)]
         run = kernel("logprob_backward", logits)
-        run(rows.arguments, *place(logits), *map(address, vectors), out.data_ptr())
+        run(
+            rows.arguments, *place(logits), *map(address, vectors), out.data_ptr(),
+            dtype_number("out", out),
+        )  # fmt: skip
     return out
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from rlhf_fast.kernels._common.device_math import (
     LN_2,
     LOG2_E,
+    NOT_HERE,
     expm1,
     online_merge,
     online_step,
@@ -117,8 +118,9 @@ def _backward_kernel(
         log_sum = tl.load(log_sum_ptr + row)
         logprob = (_logits(base, token, V, softcap, HAS_SOFTCAP) - row_max) * rate - log_sum
         g = tl.load(grad_logprob_ptr + row) * rate
-        g = tl.where(logprob == float("-inf"), 0.0, g)
-        g = tl.where((token >= 0) & (token < V), g, float("nan"))
+        inside = (token >= 0) & (token < V)
+        g = tl.where(inside & (logprob == float("-inf")), 0.0, g)
+        g = tl.where(inside | (token == NOT_HERE), g, float("nan"))
         g_token = -g * expm1(logprob)
         if grad_entropy_ptr is not None:
             h = tl.load(grad_entropy_ptr + row) * rate
@@ -127,8 +129,7 @@ def _backward_kernel(
         last = (V - 1) // BLOCK_V * BLOCK_V
         for back in range(0, V, BLOCK_V):
             cols = last - back + lane
-            inside = cols < V
-            z = tl.load(base + cols, mask=inside, other=float("-inf")).to(tl.float32)
+            z = tl.load(base + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
             if HAS_SOFTCAP:
                 z, slope = softcapped(z, softcap)
             u = (z - row_max) * rate
@@ -139,7 +140,7 @@ def _backward_kernel(
                 du -= h * (p * (tl.maximum(u, -256.0) - mean))
             if HAS_SOFTCAP:
                 du *= slope
-            tl.store(out_ptr + cols, du.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_ptr + cols, du.to(out_ptr.dtype.element_ty), mask=cols < V)
     else:
         for start in range(0, V, BLOCK_V):
             cols = start + lane
@@ -167,13 +168,15 @@ def _one_pass_kernel(
     )  # fmt: skip
 
 
-def _aot(kernel, dtype, log2_lanes, warps, *, entropy=True, temperatures=False, softcap=False):
+def _aot(
+    kernel, dtype, log2_lanes, warps, *, entropy=True, temperatures=False, softcap=False, out=""
+):
     """One entry of AOT_SIGNATURES; arguments that are left out are None."""
     vector, scalar = "*fp32:16", "fp32"
     signature = {
         "logits_ptr": f"*{dtype}:16", "ids_ptr": "*i64:16", "mask_ptr": "*i1:16",
         "logprob_ptr": vector, "max_ptr": vector, "log_sum_ptr": vector, "grad_logprob_ptr": vector,
-        "out_ptr": f"*{dtype}:16", "inner": "i32", "stride_outer": "i32:16",
+        "out_ptr": f"*{out or dtype}:16", "inner": "i32", "stride_outer": "i32:16",
         "stride_inner": "i32:16", "V": "i32:16", "ignore_index": "i32", "inv_temperature": scalar,
         "softcap": scalar,
     }  # fmt: skip
@@ -201,7 +204,7 @@ AOT_SIGNATURES = [
         ("bf16", SHAPES[-1], {"entropy": False, "temperatures": True}),
         ("bf16", SHAPES[-1], {"softcap": True}),
     )
-]
+] + [_aot(_backward_kernel, "fp32", *SHAPES[-1][1:], out="bf16")]
 
 
 def _shape(vocabulary: int) -> tuple[int, int]:
@@ -278,10 +281,12 @@ def logprob_backward(
 ) -> torch.Tensor:
     """Gradient of the logits, contiguous and in their dtype.
 
-    It is written to `out` where that is given: contiguous, of the shape and dtype of `logits`, and
-    either `logits` itself or no part of it.
+    It is written to `out` where that is given: contiguous, of the shape and dtype of `logits` or,
+    for float32 logits, in half precision, and either `logits` itself or no part of it. An id of
+    `ELSEWHERE` stands for a token that is not among these columns, possible in the whole vocabulary
+    that `row_max`, `log_sum` and `entropy` belong to.
     """
-    out = gradient_of(logits, out)
+    out = gradient_of(logits, out, rounded=True)
     if ids.numel():
         vocabulary = logits.shape[-1]
         log2_lanes, warps = _shape(vocabulary)
