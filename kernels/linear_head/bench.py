@@ -89,17 +89,24 @@ _OPS = {
 }
 
 
-def _active(only: str, part: int, label: str) -> Case:
-    """`linear_ppo_loss` with `part` fifths of the tokens in the products of the gradient."""
-    n, h, v = (shapes.HEAD[name] for name in "NHV")
-    first = part if only == "mask" else 5
-    return dataclasses.replace(
-        _linear("linear_ppo_loss", shapes.HEAD, devices=("cpu",)),
-        make=functools.partial(_make_loss, only=only),
-        label=label,
-        flops=2 * n * h * v * (first + 2 * part) // 5,
-        note="",
-    )
+def _active(sizes, dtype, device: str) -> list[Case]:
+    """`linear_ppo_loss` with all tokens, or two fifths of them, in the products of the gradient."""
+    case = _linear("linear_ppo_loss", sizes, dtype, devices=(device,))
+    product = 2 * sizes["N"] * sizes["H"] * sizes["V"]
+    return [
+        dataclasses.replace(
+            case,
+            make=functools.partial(_make_loss, only=only),
+            label=label,
+            flops=product * (first + 2 * part) // 5,
+            note="",
+        )
+        for only, first, part, label in (
+            ("all", 5, 5, "all tokens"),
+            ("mask", 2, 2, "40 % of the mask"),
+            ("advantages", 5, 2, "40 % of the advantages"),
+        )
+    ]
 
 
 def _linear(op, sizes, dtype=torch.float32, **options) -> Case:
@@ -130,10 +137,13 @@ CASES = [
         _linear(op, shapes.HEAD, devices=("cpu",))
         for op in ("linear_logprob_entropy", "linear_ppo_loss")
     ),
-    _active("all", 5, "all tokens"),
-    _active("mask", 2, "40 % of the mask"),
-    _active("advantages", 2, "40 % of the advantages"),
+    *_active(shapes.HEAD, torch.float32, "cpu"),
     *(_linear(op, shapes.HEAD_SHORT, devices=("cpu",)) for op in ("linear_logprob", "linear_kl")),
-    *(_linear(op, shapes.HEAD_GPU, torch.bfloat16, devices=("cuda",)) for op in _OPS),
+    *(
+        _linear(op, sizes, torch.bfloat16, devices=("cuda",))
+        for sizes in (shapes.HEAD_GPU, shapes.HEAD_LARGE)
+        for op in _OPS
+    ),
+    *_active(shapes.HEAD_LARGE, torch.bfloat16, "cuda"),
     *(_linear(op, shapes.HEAD_QUICK, quick=True) for op in _OPS),
 ]
