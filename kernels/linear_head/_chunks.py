@@ -67,14 +67,14 @@ def _store(targets: list[torch.Tensor], block: slice, values: tuple) -> None:
 class LinearHead:
     """The torch ops of this room on the row kernels of two modules.
 
-    `logprob` and `kl` are the modules of one backend in the rooms of that name.
+    `logprob`, `kl` and `ppo_loss` are the modules of one backend in the rooms of that name.
     """
 
-    def __init__(self, logprob: ModuleType, kl: ModuleType) -> None:
+    def __init__(self, logprob: ModuleType, kl: ModuleType, ppo_loss: ModuleType) -> None:
         self.logprob, self.kl = logprob, kl
         self.sweeps = Sweeps(
             self.linear_logprob, self.linear_logprob_entropy, self._backward, self._one_sweep,
-            self.kept_rows, True,
+            self.kept_rows, ppo_loss.policy_loss, kl.kl_estimate_backward, True,
         )  # fmt: skip
 
     @staticmethod

@@ -47,13 +47,15 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class Sweeps(NamedTuple):
-    """The ways over a head that the loss needs."""
+    """The ways over a head that the loss needs, and the kernels of its tokens in float32."""
 
     linear_logprob: Callable[..., tuple]
     linear_logprob_entropy: Callable[..., tuple]
     backward_sweep: Callable[..., list]
     one_sweep: Callable[..., tuple]
     kept_rows: Callable[..., int]
+    policy_loss: Callable[..., tuple]
+    kl_estimate_backward: Callable[..., torch.Tensor]
     tensor_cores: bool = False
 
 
@@ -152,6 +154,9 @@ def policy_loss_of_head(
     clips = (kind, clip_low, clip_high, dual_clip)
     extras = (entropy_coef, kl_coef, kl_estimator)
     with_entropy = entropy_coef != 0.0
+    loss_of, kl_backward = policy_loss, kl_estimate_backward
+    if old_logprob.dtype == torch.float32:
+        loss_of, kl_backward = sweeps.policy_loss, sweeps.kl_estimate_backward
 
     def whole_loss(logprob: torch.Tensor, entropy: torch.Tensor | None) -> tuple:
         """(loss, stats, unit gradients of logprob, entropy and advantages)."""
@@ -159,7 +164,7 @@ def policy_loss_of_head(
             x if x is None else x.view(tokens.shape).to(old_logprob.dtype)
             for x in (logprob, entropy if with_entropy else None)
         )
-        loss, stats, unit, unit_advantages = policy_loss(
+        loss, stats, unit, unit_advantages = loss_of(
             logprob, old_logprob, advantages, tokens, weights, normalizer, divisor, *clips,
             reduction,
         )  # fmt: skip
@@ -207,10 +212,10 @@ def policy_loss_of_head(
             logprob = logprob.to(old.dtype).unsqueeze(0)
             scale = factor if weight is None else torch.where(counts, factor * weight, 0.0)
             options = (scale, None, None, *clips, "token-sum")
-            g = policy_loss(logprob, old, advantage, counts, *options)[2]
+            g = loss_of(logprob, old, advantage, counts, *options)[2]
             if ref is not None and kl_coef != 0.0:
                 kl_options = (logprob, ref, counts, kl_estimator, None, None)
-                g = g + kl_coef * kl_estimate_backward(factor, *kl_options)
+                g = g + kl_coef * kl_backward(factor, *kl_options)
             h = (-entropy_coef * factor)[0].to(dtype) if with_entropy else None
             return g[0].to(dtype), h
 
@@ -224,7 +229,13 @@ def policy_loss_of_head(
 
 
 _SWEEPS = Sweeps(
-    linear_logprob, linear_logprob_entropy, backward_sweep, _one_sweep, kept_rows=lambda *_: 0
+    linear_logprob,
+    linear_logprob_entropy,
+    backward_sweep,
+    _one_sweep,
+    kept_rows=lambda *_: 0,
+    policy_loss=policy_loss,
+    kl_estimate_backward=kl_estimate_backward,
 )
 
 
