@@ -308,6 +308,28 @@ SampleRows sample_rows(const SampleTuple& t, int threads) {
   return in;
 }
 
+// (mask, mask_stride, seed, seeds, position, positions) and (ids, logprob, log_mass, entropy).
+using SampleAddresses = std::tuple<Address, int64_t, int64_t, Address, int64_t, Address, Address,
+                                   Address, Address, Address>;
+
+SampleArgs sample_args(const SampleTuple& rows, const SampleAddresses& addresses, int threads) {
+  const auto& [mask, mask_stride, seed, seeds, position, positions, ids, logprob, log_mass,
+               entropy] = addresses;
+  SampleArgs args;
+  args.in = sample_rows(rows, threads);
+  args.mask = pointer<uint8_t>(mask);
+  args.mask_stride = mask_stride;
+  args.seed = seed;
+  args.seeds = pointer<int64_t>(seeds);
+  args.position = position;
+  args.positions = pointer<int64_t>(positions);
+  args.ids = required<int64_t>(ids, "ids");
+  args.logprob = required<float>(logprob, "logprob");
+  args.log_mass = required<float>(log_mass, "log_mass");
+  args.entropy = required<float>(entropy, "entropy");
+  return args;
+}
+
 // (scores, logprob, ref_logprob, values, mask, at, rewards, kl, advantages, returns, parts) and
 // (kl_coef, estimator, clamp_in, clamp_out, gamma, decay, carry, whitened, unbiased, eps) as
 // _native.py packs them.
@@ -452,21 +474,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "cpu_sample",
-      [](const SampleTuple& rows, int threads, Address mask, int64_t mask_stride, int64_t seed,
-         Address seeds, int64_t position, Address positions, Address ids, Address logprob,
-         Address log_mass, Address entropy) {
-        SampleArgs args;
-        args.in = sample_rows(rows, threads);
-        args.mask = pointer<uint8_t>(mask);
-        args.mask_stride = mask_stride;
-        args.seed = seed;
-        args.seeds = pointer<int64_t>(seeds);
-        args.position = position;
-        args.positions = pointer<int64_t>(positions);
-        args.ids = required<int64_t>(ids, "ids");
-        args.logprob = required<float>(logprob, "logprob");
-        args.log_mass = required<float>(log_mass, "log_mass");
-        args.entropy = required<float>(entropy, "entropy");
+      [](const SampleTuple& rows, const SampleAddresses& addresses, int threads) {
+        const SampleArgs args = sample_args(rows, addresses, threads);
         py::gil_scoped_release released;
         cpu::sample(args);
         return std::all_of(args.ids, args.ids + args.in.rows, [](int64_t id) { return id >= 0; });
@@ -684,6 +693,12 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cuda::group_advantages(args, device, pointer<void>(stream));
   });
+  m.def("cuda_sample",
+        [](const SampleTuple& rows, const SampleAddresses& addresses, int device, Address stream) {
+          const SampleArgs args = sample_args(rows, addresses, 1);
+          py::gil_scoped_release released;
+          cuda::sample(args, device, pointer<void>(stream));
+        });
   m.def("cuda_ranking_loss", [](Address scores, Address ranks, Address float_ranks, Address mask,
                                 Address grad, Address loss, Address parts, int64_t prompts,
                                 int64_t completions, float margin, int device, Address stream) {

@@ -39,7 +39,21 @@ RLHF_HD float fast_exp2(float x) {
   return y;
 }
 
+// log2(x) to about 2^-22, absolutely where the result is small; -inf for 0.
+RLHF_HD float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 RLHF_HD float fast_exp_negative(float x) { return fast_exp2(x * 1.4426950408889634f); }
+
+// x, of which the compiler does not know that it is x: what is made of it is not kept in registers
+// from one loop to the next.
+RLHF_HD uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 RLHF_HD float to_float(float x) { return x; }
 RLHF_HD float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }

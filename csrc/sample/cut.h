@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
 
 #include "sample/row.h"
 
@@ -37,14 +36,6 @@ inline DoubleVec exp_double(DoubleVec x) {
 inline float kth_largest(float* x, int64_t n, int64_t k) {
   std::nth_element(x, x + k - 1, x + n, std::greater<float>());
   return x[k - 1];
-}
-
-// Below every z whose u is not below that of `z`; -FLT_MAX keeps -inf out.
-inline float below(const Row& row, double z) {
-  const double width = (std::fabs(z) + std::fabs(static_cast<double>(row.top))) * 0x1p-21 +
-                       row.s.temperature * 1e-44;
-  const double bound = z - width;
-  return bound > -FLT_MAX ? static_cast<float>(bound) : -FLT_MAX;
 }
 
 // Ends a list of tokens: -inf up to a whole vector.
@@ -220,18 +211,12 @@ inline Cut nucleus(const Row& row, Scratch& c) {
   return cut;
 }
 
-// Whether float(exp(u - m)) >= float(min_p): exponentials only where a logarithm does not tell.
-inline bool is_likely(const Row& row, float u, float min_p, double log_min_p) {
-  const double d = static_cast<double>(u) - row.top_u;
-  if (std::fabs(d - log_min_p) > 1e-6) return d > log_min_p;
-  return static_cast<float>(std::exp(d)) >= min_p;
-}
-
 inline Cut min_p_of(const Row& row, Cut cut, float min_p, const Scratch& c) {
   const double log_min_p = std::log(static_cast<double>(min_p));
   float floor = kInfinity;
   for (int64_t i = 0; i < c.count; ++i)
-    if (c.u[i] < floor && is_likely(row, c.u[i], min_p, log_min_p)) floor = c.u[i];
+    if (c.u[i] < floor && is_likely(static_cast<double>(c.u[i]) - row.top_u, min_p, log_min_p))
+      floor = c.u[i];
   return floor > cut.tau && floor < kInfinity ? Cut{floor, row.vocabulary - 1} : cut;
 }
 
@@ -239,10 +224,6 @@ inline int64_t first_of_largest(const Row& row) {
   for (int64_t i = 0;; i += W)
     if (const uint32_t lanes = at_most(splat<Vec>(row.top), load(row.z + i)))
       return i + __builtin_ctz(lanes);
-}
-
-inline bool filters(const RowSettings& s) {
-  return s.top_k > 0 || s.top_p < 1.0 || static_cast<float>(s.min_p) > 0.0f;
 }
 
 // The kept set of a row whose largest logit is finite, and its tokens in the list if it filters.
@@ -258,9 +239,9 @@ inline Cut cut_of(const Row& row, Scratch& c) {
     const int64_t vectors = (row.vocabulary + W - 1) / W;
     const int64_t step = step_of(row.vocabulary, s.top_k);
     const int64_t groups = (vectors + step - 1) / step * W;
-    from = below(row, kth_largest(c.maxima.data(), groups, s.top_k));
+    from = below(kth_largest(c.maxima.data(), groups, s.top_k), row.top, s.temperature);
   } else if (s.top_p == 1.0) {
-    from = below(row, row.top + s.temperature * (std::log(static_cast<double>(min_p)) - 1e-6));
+    from = below_likely(row.top, s);
   }
   collect(row, from, c);
   if (s.top_k > 0 && c.count >= s.top_k) {

@@ -58,6 +58,10 @@ struct ReplayBackwardArgs {
   void* out;                                                             // [rows, vocabulary]
 };
 
+namespace cuda {
+void sample(const SampleArgs& args, int device, void* stream);
+}  // namespace cuda
+
 }  // namespace rlhf
 
 RLHF_CPU_KERNEL(sample, SampleArgs)
@@ -65,6 +69,7 @@ RLHF_CPU_KERNEL(replay_logprob, ReplayArgs)
 RLHF_CPU_KERNEL(replay_logprob_backward, ReplayBackwardArgs)
 
 #if defined(RLHF_ISA)
+#include <cfloat>
 #include <cmath>
 
 #include "common/math.h"
@@ -101,6 +106,29 @@ RLHF_HD const T* row_of(const SampleRows& in, int64_t row) {
          row % in.inner * in.stride_inner;
 }
 
+RLHF_HD bool filters(const RowSettings& s) {
+  return s.top_k > 0 || s.top_p < 1.0 || static_cast<float>(s.min_p) > 0.0f;
+}
+
+// Below every z whose u is not below that of `z`; -FLT_MAX keeps -inf out.
+RLHF_HD float below(double z, float top, float temperature) {
+  const double width = (fabs(z) + fabs(static_cast<double>(top))) * 0x1p-21 + temperature * 1e-44;
+  const double bound = z - width;
+  return bound > -FLT_MAX ? static_cast<float>(bound) : -FLT_MAX;
+}
+
+// Below every z that min-p keeps.
+RLHF_HD float below_likely(float top, const RowSettings& s) {
+  const double log_min_p = log(static_cast<double>(static_cast<float>(s.min_p)));
+  return below(top + s.temperature * (log_min_p - 1e-6), top, s.temperature);
+}
+
+// Whether float(exp(d)) >= min_p, d = u - m: exponentials only where a logarithm does not tell.
+RLHF_HD bool is_likely(double d, float min_p, double log_min_p) {
+  if (fabs(d - log_min_p) > 1e-6) return d > log_min_p;
+  return static_cast<float>(exp(d)) >= min_p;
+}
+
 // What the draw of a row is keyed on.
 struct RaceKey {
   PhiloxKey key;
@@ -110,14 +138,21 @@ struct RaceKey {
 // The four words of the ids 4 group to 4 group + 3: the high (`half` 0) or the low ones (1).
 RLHF_HD PhiloxWords race_words(const RaceKey& key, int64_t group, int half) {
   uint64_t c0 = group, c1 = key.position, c2 = key.position >> 32, c3 = half;
-  philox(key.key, c0, c1, c2, c3);
+  philox(for_one_call(key.key), c0, c1, c2, c3);
   return {{static_cast<uint32_t>(c0), static_cast<uint32_t>(c1), static_cast<uint32_t>(c2),
            static_cast<uint32_t>(c3)}};
 }
 
+// That of `id` among the words of its group; not by an index, which registers do not have.
+RLHF_HD uint32_t word_of(const PhiloxWords& words, int64_t id) {
+  const uint32_t even = id & 2 ? words.word[2] : words.word[0];
+  const uint32_t odd = id & 2 ? words.word[3] : words.word[1];
+  return id & 1 ? odd : even;
+}
+
 // The exponential number of a token id, whose high word is known.
 RLHF_HD double race_number(const RaceKey& key, int64_t id, uint32_t high) {
-  const uint32_t low = race_words(key, id >> 2, 1).word[id & 3];
+  const uint32_t low = word_of(race_words(key, id >> 2, 1), id);
   const double x = high * 0x1p-32 + (low + 0.5) * 0x1p-64;
   return -log1p(x < 1.0 - 0x1p-53 ? -x : -(1.0 - 0x1p-53));
 }

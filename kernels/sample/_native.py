@@ -1,4 +1,4 @@
-"""Calls of the native sampling kernels, for tensors on the CPU.
+"""Calls of the native sampling kernels, for tensors on the CPU and, of `sample`, on CUDA devices.
 
 Logits are addressed by two strides where that is possible (`rows_of`) and copied where it is not.
 """
@@ -9,7 +9,7 @@ import torch
 
 from rlhf_fast import _C
 from rlhf_fast.kernels._common.launch import flat, rows_of
-from rlhf_fast.kernels._common.native import address, dtype_number
+from rlhf_fast.kernels._common.native import address, dtype_number, kernel, place
 
 from ._checks import check_logits
 
@@ -31,8 +31,8 @@ class _Rows:
         )  # fmt: skip
 
 
-def _empty(shape, *dtypes: torch.dtype) -> list[torch.Tensor]:
-    return [torch.empty(shape, dtype=dtype) for dtype in dtypes]
+def _empty(shape, device: torch.device, *dtypes: torch.dtype) -> list[torch.Tensor]:
+    return [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
 
 
 def sample(
@@ -51,10 +51,13 @@ def sample(
     position: int,
     positions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids, logprob, log_mass, entropy), each [B]; raises for a row that cannot be drawn from."""
+    """(ids, logprob, log_mass, entropy), each [B].
+
+    For a row that cannot be drawn from it raises, or on CUDA says -1, -inf, 0, 0.
+    """
     count = logits.shape[0]
     single = torch.float32
-    out = _empty((count,), torch.int64, single, single, single)
+    out = _empty((count,), logits.device, torch.int64, single, single, single)
     if count == 0:
         return tuple(out)
     rows = _Rows(
@@ -63,12 +66,15 @@ def sample(
     mask = logit_mask
     if mask is not None and mask.stride(-1) != 1:
         mask = mask.contiguous()
-    drawn = _C.cpu_sample(
-        rows.arguments, torch.get_num_threads(), address(mask),
-        0 if mask is None else mask.stride(0), seed, address(seeds), position,
-        address(positions), *(x.data_ptr() for x in out),
+    drawn = kernel("sample", logits)(
+        rows.arguments,
+        (
+            address(mask), 0 if mask is None else mask.stride(0), seed, address(seeds), position,
+            address(positions), *(x.data_ptr() for x in out),
+        ),
+        *place(logits),
     )  # fmt: skip
-    if not drawn:
+    if not (logits.is_cuda or drawn):
         check_logits(logits, logit_mask)
     return tuple(out)
 
@@ -87,7 +93,7 @@ def replay_logprob(
 ) -> tuple[torch.Tensor, ...]:
     """(logprob, log_mass, tau, last, log_kept, log_sum), each of the shape of `ids`."""
     single = torch.float32
-    out = _empty(ids.shape, single, single, single, torch.int64, single, single)
+    out = _empty(ids.shape, logits.device, single, single, single, torch.int64, single, single)
     if ids.numel():
         rows = _Rows(
             logits, ids.numel(), temperature, temperatures, top_k, top_ks, top_p, top_ps, min_p,

@@ -11,9 +11,9 @@ from rlhf_fast import _args, _dispatch
 
 from ._checks import check_logits
 
-_NOT_YET = "only the reference and the CPU kernel implement it so far"
-for _op in ("sample", "replay_logprob"):
-    _dispatch.implementations(_op, __package__, triton=_NOT_YET, cuda=_NOT_YET)
+_ELSEWHERE = "on a GPU the reference serves it, without a host synchronisation"
+_dispatch.implementations("sample", __package__, triton="not yet")
+_dispatch.implementations("replay_logprob", __package__, triton=_ELSEWHERE, cuda=_ELSEWHERE)
 
 _TEMPERATURE = "float temperature, Tensor? temperatures"
 _PARAMETERS = (
@@ -70,7 +70,7 @@ def _check_sample(
     _check_parameters(temperatures, top_ks, top_ps, min_ps)
     # The CPU kernel looks itself, in the one pass that it makes.
     served = _dispatch.choose("sample", logits.device.type, logits.dtype, rest[-1])
-    if not served.__module__.endswith("._native"):
+    if logits.is_cuda or not served.__module__.endswith("._native"):
         check_logits(logits, mask)
 
 

@@ -1,0 +1,78 @@
+// Thread-block clusters: blocks that run at the same time, wait for each other and write into each
+// other's shared memory. GPUs from sm_90 on have them; on others no kernel that calls these is
+// launched.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "common/device.cuh"
+
+namespace rlhf::RLHF_ISA {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+RLHF_HD unsigned cluster_rank() { return 0; }
+RLHF_HD void cluster_sync() { __trap(); }
+template <class T>
+RLHF_HD void store_in_block(T*, unsigned, const T&) {
+  __trap();
+}
+template <class T>
+RLHF_HD T* place_in_block(T* place, unsigned) {
+  return place;
+}
+#else
+// The number of this block in its cluster.
+RLHF_HD unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
+
+// Called by all threads of a cluster. What they wrote before can be read by all of them behind it.
+RLHF_HD void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+
+// x into the place of block `rank` that is *place here. All blocks must have started (a
+// cluster_sync), and none may end before the cluster_sync behind the last such store.
+template <class T>
+RLHF_HD void store_in_block(T* place, unsigned rank, const T& x) {
+  *cooperative_groups::this_cluster().map_shared_rank(place, rank) = x;
+}
+
+// The place of block `rank` that is *place here, to read; the same rules hold. Volatile, so that
+// the addresses of all blocks do not wait in registers for their use.
+template <class T>
+RLHF_HD T* place_in_block(T* place, unsigned rank) {
+  uint64_t address;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(place), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+#endif
+
+// ------------------------------------------------------------------- host
+
+// Whether clusters of this kernel run on the current device. Code that was compiled for an older
+// architecture has none, whatever it runs on.
+template <class Args>
+bool can_cluster(void (*kernel)(Args), int device) {
+  int major = 0;
+  DeviceGuard::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+                     "cudaDeviceGetAttribute");
+  if (major < 9) return false;
+  cudaFuncAttributes attributes;
+  DeviceGuard::check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return attributes.ptxVersion >= 90;
+}
+
+// Clusters of `size` neighbouring blocks; `size` is at most 8 and divides `blocks`.
+template <class Args>
+void launch_clusters(void (*kernel)(Args), unsigned blocks, unsigned size, unsigned threads,
+                     cudaStream_t stream, const Args& args, const std::string& what) {
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {size, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  DeviceGuard::check(cudaLaunchKernelEx(&config, kernel, args), what);
+}
+
+}  // namespace rlhf::RLHF_ISA
