@@ -10,37 +10,20 @@
 namespace rlhf::RLHF_ISA {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-RLHF_HD unsigned cluster_rank() { return 0; }
 RLHF_HD void cluster_sync() { __trap(); }
 template <class T>
 RLHF_HD void store_in_block(T*, unsigned, const T&) {
   __trap();
 }
-template <class T>
-RLHF_HD T* place_in_block(T* place, unsigned) {
-  return place;
-}
 #else
-// The number of this block in its cluster.
-RLHF_HD unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
-
 // Called by all threads of a cluster. What they wrote before can be read by all of them behind it.
 RLHF_HD void cluster_sync() { cooperative_groups::this_cluster().sync(); }
 
-// x into the place of block `rank` that is *place here. All blocks must have started (a
+// x into the place of block `rank` of the cluster that is *place here. All blocks must have started (a
 // cluster_sync), and none may end before the cluster_sync behind the last such store.
 template <class T>
 RLHF_HD void store_in_block(T* place, unsigned rank, const T& x) {
   *cooperative_groups::this_cluster().map_shared_rank(place, rank) = x;
-}
-
-// The place of block `rank` that is *place here, to read; the same rules hold. Volatile, so that
-// the addresses of all blocks do not wait in registers for their use.
-template <class T>
-RLHF_HD T* place_in_block(T* place, unsigned rank) {
-  uint64_t address;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(place), "r"(rank));
-  return reinterpret_cast<T*>(address);
 }
 #endif
 

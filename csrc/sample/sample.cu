@@ -187,6 +187,15 @@ struct Share {
   Winner winner;
 };
 
+// The sums of a block's threads, which have the same maximum.
+RLHF_HD void share_sums(const Scan& own, Share& share) {
+  const double total = sum_block(static_cast<double>(own.total));
+  const double weighted = sum_block(static_cast<double>(own.weighted));
+  if (threadIdx.x != 0) return;
+  share.total = total;
+  share.weighted = weighted;
+}
+
 template <int BLOCKS>
 RLHF_HD Winner best_of(Share& share) {
   Winner best = {kInfinity, -1};
@@ -259,8 +268,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS == 1 ? 3 : 4) sample_kernel(Sa
   __syncthreads();
   const float own_top = own.top;
   own.raise(row.top, row.rate2);
-  double total = sum_block(static_cast<double>(own.total));
-  double weighted = sum_block(static_cast<double>(own.weighted));
+  share_sums(own, share);
   float from = -FLT_MAX;
   uint64_t mass = 0;
   Winner winner = {kInfinity, -1};
@@ -282,11 +290,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS == 1 ? 3 : 4) sample_kernel(Sa
       mass = collect<BLOCKS>(row, own, own_top, from, list);
     mass = sum_block(mass);
   }
-  if (threadIdx.x == 0) share = {total, weighted, mass, winner};
+  if (threadIdx.x == 0) {
+    share.mass = mass;
+    share.winner = winner;
+  }
   Blocks::sync();
 
   int count = 0;
-  total = weighted = 0.0;
+  double total = 0.0, weighted = 0.0;
   mass = 0;
   for (int rank = 0; rank < BLOCKS; ++rank) {
     total += Blocks::read(share.total, rank);

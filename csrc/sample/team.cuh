@@ -9,12 +9,23 @@ namespace {
 
 constexpr int kThreads = 256;  // per block; also the bins of a histogram
 
+// What stands at `place` of this block's shared memory, in that of block `rank` of its cluster. All
+// must have started, and none may end before the last such read. Volatile, so that the addresses of
+// all blocks do not wait in registers for their use.
+template <class X>
+RLHF_HD X read_in_block(X& place, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return place;
+#else
+  uint64_t address;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(&place), "r"(rank));
+  return *reinterpret_cast<X*>(address);
+#endif
+}
+
 template <int BLOCKS>
 struct Team {
-  static RLHF_HD int rank() {
-    if constexpr (BLOCKS == 1) return 0;
-    return cluster_rank();
-  }
+  static RLHF_HD int rank() { return blockIdx.x % BLOCKS; }
 
   // Called by all threads; what they wrote before can be read by all behind it.
   static RLHF_HD void sync() {
@@ -28,7 +39,7 @@ struct Team {
   template <class X>
   static RLHF_HD X read(X& place, int rank) {
     if constexpr (BLOCKS == 1) return place;
-    return *place_in_block(&place, rank);
+    return read_in_block(place, rank);
   }
 };
 
