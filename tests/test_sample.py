@@ -25,13 +25,16 @@ from rlhf_fast.testing import (
 from tests.sample_truth import FLOATS, INF, PARAMETERS, hugging_face, replay_all, truth
 
 
-def _device(request):
-    with rlhf_fast.use_backend(request.param):
+@pytest.fixture(params=usable_backends("sample"))
+def sampler(request):
+    with rlhf_fast.use_backend(request.param, op="sample"):
         yield device_of(request.param)
 
 
-sampler = pytest.fixture(params=usable_backends("sample"))(_device)
-replayer = pytest.fixture(params=usable_backends("replay_logprob"))(_device)
+@pytest.fixture(params=usable_backends("replay_logprob"))
+def replayer(request):
+    with rlhf_fast.use_backend(request.param, op="replay_logprob"):
+        yield device_of(request.param)
 
 
 # ------------------------------------------------------------------------- values against truth
@@ -90,13 +93,23 @@ def test_adversarial_rows(replayer, name, parameters):
     assert not log_mass[~possible.to(replayer)].any()
 
 
-def test_sample_and_replay_agree_bit_for_bit(sampler):
-    logits = (3 * randn(40, 700, seed=4)).bfloat16().to(sampler)
+@pytest.mark.parametrize("backend", usable_backends("sample"))
+def test_sample_and_replay_agree(backend):
+    """Bit for bit where a backend has both."""
+    logits = (3 * randn(40, 700, seed=4)).bfloat16().to(device_of(backend))
+    both = backend in usable_backends("replay_logprob")
     for parameters in PARAMETERS:
-        out = rlhf_fast.sample(logits, seed=9, position=torch.arange(40), **parameters)
-        logprob, log_mass = rlhf_fast.replay_logprob(logits, out.ids, **parameters)
-        assert_same_bits("logprob", out.logprob, logprob)
-        assert_same_bits("log_mass", out.log_mass, log_mass)
+        with rlhf_fast.use_backend(backend, op="sample"):
+            out = rlhf_fast.sample(logits, seed=9, position=torch.arange(40, device=logits.device),
+                                   **parameters)  # fmt: skip
+        with rlhf_fast.use_backend(backend if both else "reference", op="replay_logprob"):
+            replayed = rlhf_fast.replay_logprob(logits, out.ids, **parameters)
+            truth = rlhf_fast.replay_logprob(logits.double(), out.ids, **parameters) if not both else replayed
+        for name, x, y, true in zip(("logprob", "log_mass"), out[1:], replayed, truth, strict=False):
+            if both:
+                assert_same_bits(name, x, y)
+            else:
+                assert_accurate(name, x, true, y)
         assert (out.log_mass <= 0).all() and (out.logprob <= 0).all()
 
 

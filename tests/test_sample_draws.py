@@ -22,7 +22,7 @@ ALPHA = 1e-7
 
 @pytest.fixture(params=usable_backends("sample"))
 def sampler(request):
-    with rlhf_fast.use_backend(request.param):
+    with rlhf_fast.use_backend(request.param, op="sample"):
         yield device_of(request.param)
 
 

@@ -19,7 +19,7 @@ from tests.sample_truth import FLOATS, INF, PARAMETERS, replay_all
 
 @pytest.fixture(params=usable_backends("replay_logprob"))
 def replayer(request):
-    with rlhf_fast.use_backend(request.param):
+    with rlhf_fast.use_backend(request.param, op="replay_logprob"):
         yield device_of(request.param)
 
 
