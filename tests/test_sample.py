@@ -104,8 +104,14 @@ def test_sample_and_replay_agree(backend):
                                    **parameters)  # fmt: skip
         with rlhf_fast.use_backend(backend if both else "reference", op="replay_logprob"):
             replayed = rlhf_fast.replay_logprob(logits, out.ids, **parameters)
-            truth = rlhf_fast.replay_logprob(logits.double(), out.ids, **parameters) if not both else replayed
-        for name, x, y, true in zip(("logprob", "log_mass"), out[1:], replayed, truth, strict=False):
+            truth = (
+                rlhf_fast.replay_logprob(logits.double(), out.ids, **parameters)
+                if not both
+                else replayed
+            )
+        for name, x, y, true in zip(
+            ("logprob", "log_mass"), out[1:], replayed, truth, strict=False
+        ):
             if both:
                 assert_same_bits(name, x, y)
             else:

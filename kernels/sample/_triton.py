@@ -387,7 +387,11 @@ def _aot(dtype, log2_lanes, warps, *, per_row=False, mask=False):
     types |= dict.fromkeys(("stride_outer", "stride_inner", "V"), "i32:16")
     if per_row:
         types |= dict.fromkeys(("top_ks_ptr", "seeds_ptr", "positions_ptr"), "*i64:16")
-        types |= {"temperatures_ptr": "*fp32:16", "top_ps_ptr": "*fp64:16", "min_ps_ptr": "*fp64:16"}
+        types |= {
+            "temperatures_ptr": "*fp32:16",
+            "top_ps_ptr": "*fp64:16",
+            "min_ps_ptr": "*fp64:16",
+        }
     if mask:
         types["mask_ptr"] = "*i1:16"
     types = {name: types[name] for name in _sample_kernel.arg_names if name in types}

@@ -1,15 +1,15 @@
 """Benchmark cases of sampling and of its twin for the trainer."""
 
+import torch
+
 import rlhf_fast
 from rlhf_fast.bench import eager, inputs, shapes
 from rlhf_fast.bench.case import Case
 
 TEMPERATURE, TOP_K = 0.7, 50
-
-
-def _make(dtype, B, V):
-    # Logits of a trained model are peaked: a few tokens hold most of the mass.
-    return {"logits": inputs.normal(B, V, scale=3.0).to(dtype)}
+# Standard deviations of logits. Those of a trained model are peaked: a few tokens hold most of the
+# mass; a kernel that draws and rejects takes longer where they are flat.
+PEAKED, USUAL, FLAT = 5.0, 3.0, 1.0
 
 
 def _make_replay(dtype, B, V):
@@ -17,32 +17,39 @@ def _make_replay(dtype, B, V):
     return {"logits": logits, "ids": logits.float().argmax(-1)}
 
 
-def _sample(sizes, top_p=1.0, **options) -> Case:
+def _sample(
+    sizes, top_k=TOP_K, top_p=1.0, scale=USUAL, dtype=torch.float32, label="", **options
+) -> Case:
     rows, v = sizes["B"], sizes["V"]
+    filters = [f"top-k {top_k}"] * (top_k > 0) + [f"top-p {top_p}"] * (top_p < 1)
+
+    def make(dtype, B, V):
+        return {"logits": inputs.normal(B, V, scale=scale).to(dtype)}
 
     def ours(logits):
         return tuple(
             rlhf_fast.sample(
-                logits, temperature=TEMPERATURE, top_k=TOP_K, top_p=top_p, seed=1, position=0
+                logits, temperature=TEMPERATURE, top_k=top_k, top_p=top_p, seed=1, position=0
             )
         )
 
     def expected(made, outputs):
         """The ids that were drawn, and what plain PyTorch says about them."""
         ids = outputs[0]
-        u, kept = eager.filtered(made["logits"], TEMPERATURE, TOP_K, top_p)
+        u, kept = eager.filtered(made["logits"], TEMPERATURE, top_k, top_p)
         return (ids, *eager.describe(u, kept, ids))
 
     return Case(
         op="sample",
         sizes=sizes,
-        make=_make,
+        dtype=dtype,
+        make=make,
         ours=ours,
-        eager=lambda logits: eager.sample(logits, TEMPERATURE, TOP_K, top_p),
+        eager=lambda logits: eager.sample(logits, TEMPERATURE, top_k, top_p),
         expected=expected,
-        bytes=4 * rows * v + 20 * rows,
+        bytes=dtype.itemsize * rows * v + 20 * rows,
         flops=6 * rows * v,
-        label=f"top-k {TOP_K}" + (f" top-p {top_p}" if top_p < 1 else ""),
+        label=" ".join(filters + [label] * (label != "")),
         **options,
     )
 
@@ -75,7 +82,13 @@ def _replay(sizes, **options) -> Case:
 CASES = [
     *(_sample(sizes, devices=("cpu",)) for sizes in shapes.DECODE),
     _sample(shapes.DECODE[1], top_p=0.95, devices=("cpu",)),
-    _sample(shapes.DECODE_GPU, devices=("cuda",)),
+    *(
+        _sample(shapes.DECODE_GPU[0], top_k, top_p, scale, dtype, label, devices=("cuda",))
+        for dtype in (torch.bfloat16, torch.float32)
+        for top_k, top_p in ((TOP_K, 0.95), (1000, 0.95), (0, 0.95), (0, 1.0))
+        for scale, label in ((PEAKED, "peaked"), (FLAT, "flat"))
+    ),
+    _sample(shapes.DECODE_GPU[1], devices=("cuda",)),
     _replay(shapes.DECODE[1]),
     _sample(shapes.DECODE_QUICK, quick=True),
     _sample(shapes.DECODE_QUICK, top_p=0.9, quick=True),

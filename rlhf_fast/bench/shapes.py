@@ -33,7 +33,7 @@ HEAD_QUICK = {"N": 16, "H": 32, "V": 500}
 
 # One decoding step of B sequences.
 DECODE = ({"B": 16, "V": GPT2}, {"B": 64, "V": GPT2})
-DECODE_GPU = {"B": 256, "V": QWEN2}
+DECODE_GPU = ({"B": 64, "V": QWEN2}, {"B": 256, "V": QWEN2})
 DECODE_QUICK = {"B": 4, "V": 1000}
 
 # Prompts and their completions: InstructGPT ranks up to 9, GRPO groups have 8.
