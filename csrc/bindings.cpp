@@ -90,7 +90,8 @@ LogprobArgs logprob_args(const RowsTuple& rows, int threads, Address logprob, Ad
 
 LogprobBackwardArgs logprob_backward_args(const RowsTuple& rows, int threads, Address grad_logprob,
                                           Address grad_entropy, Address row_max, Address log_sum,
-                                          Address entropy, Address out, int out_dtype) {
+                                          Address entropy, Address out, int out_dtype,
+                                          Address places) {
   RLHF_CHECK(out_dtype == std::get<1>(rows) || std::get<1>(rows) == 0,
              "out_dtype: expected that of the logits, got " + std::to_string(out_dtype));
   check_dtype(out_dtype, "out_dtype");
@@ -103,6 +104,7 @@ LogprobBackwardArgs logprob_backward_args(const RowsTuple& rows, int threads, Ad
   args.entropy = grad_entropy ? required<float>(entropy, "entropy") : nullptr;
   args.out = required<void>(out, "out");
   args.out_dtype = static_cast<Dtype>(out_dtype);
+  args.places = pointer<int64_t>(places);
   return args;
 }
 
@@ -113,7 +115,7 @@ LogprobGradArgs logprob_grad_args(const RowsTuple& rows, int threads, Address lo
   required<float>(entropy, "entropy");
   args.forward = logprob_args(rows, threads, logprob, entropy, row_max, log_sum);
   args.backward = logprob_backward_args(rows, threads, grad_logprob, grad_entropy, row_max, log_sum,
-                                        entropy, out, std::get<1>(rows));
+                                        entropy, out, std::get<1>(rows), 0);
   return args;
 }
 
@@ -441,9 +443,11 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cpu_logprob_backward",
         [](const RowsTuple& rows, int threads, Address grad_logprob, Address grad_entropy,
-           Address row_max, Address log_sum, Address entropy, Address out, int out_dtype) {
-          const auto args = logprob_backward_args(rows, threads, grad_logprob, grad_entropy,
-                                                  row_max, log_sum, entropy, out, out_dtype);
+           Address row_max, Address log_sum, Address entropy, Address out, int out_dtype,
+           Address places) {
+          const auto args =
+              logprob_backward_args(rows, threads, grad_logprob, grad_entropy, row_max, log_sum,
+                                    entropy, out, out_dtype, places);
           py::gil_scoped_release released;
           cpu::logprob_backward(args);
         });
@@ -590,9 +594,10 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cuda_logprob_backward", [](const RowsTuple& rows, int device, Address stream,
                                     Address grad_logprob, Address grad_entropy, Address row_max,
-                                    Address log_sum, Address entropy, Address out, int out_dtype) {
+                                    Address log_sum, Address entropy, Address out, int out_dtype,
+                                    Address places) {
     const auto args = logprob_backward_args(rows, 1, grad_logprob, grad_entropy, row_max, log_sum,
-                                            entropy, out, out_dtype);
+                                            entropy, out, out_dtype, places);
     py::gil_scoped_release released;
     cuda::logprob_backward(args, device, pointer<void>(stream));
   });

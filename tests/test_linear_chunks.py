@@ -7,7 +7,7 @@ import torch
 
 import rlhf_fast
 from rlhf_fast.bench.memory import peak_bytes
-from rlhf_fast.kernels.linear_head import _gradients, _logits, _tiles
+from rlhf_fast.kernels.linear_head import _collect, _gradients, _logits, _tiles
 from rlhf_fast.testing import assert_accurate, assert_same_bits, poisoned_memory, randn
 
 needs_cpu = pytest.mark.skipif(
@@ -146,3 +146,46 @@ def test_products_in_half_precision(dtype, monkeypatch):
         # Each of the summed terms may be off by its rounding.
         bound = 4 * torch.finfo(dtype).eps * (b.abs() + b.abs().mean())
         assert ((a.double() - b).abs() <= bound).all()
+
+
+@needs_cpu
+@pytest.mark.parametrize("stack", ["all rows", "some chunks"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_only_active_rows_in_half_precision(backend, entropy_coef, stack, monkeypatch):
+    """The collectors of tensor cores, with the products emulated; some of the rows are active."""
+    if rlhf_fast.backends()["linear_ppo_loss"][backend] is not True:
+        pytest.skip(f"{backend} does not serve here")
+    monkeypatch.setattr(_tiles, "fits_tensor_cores", lambda t: t.dtype == torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", _mm)
+    monkeypatch.setattr(torch, "addmm", _addmm)
+    monkeypatch.setattr(_logits, "MIN_ROWS", 7)
+    monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", str(7 * 64 * 4))
+    monkeypatch.setattr(_collect, "has_grouped_products", lambda x: True)
+    monkeypatch.setattr(_collect, "_STACK", 100 if stack == "all rows" else 2)
+    x, w, ids = make(50, 16, 64)
+    old, advantages, mask = batch(50, 64)
+    advantages[::3] = 0.0
+    x[~mask] = torch.nan
+
+    def run(dtype, advantages=advantages):
+        leaves = [t.to(dtype).requires_grad_() for t in (x.nan_to_num(), w)]
+        if dtype == torch.bfloat16:
+            with torch.no_grad():
+                leaves[0][~mask] = torch.nan
+        options = {"entropy_coef": entropy_coef}
+        with rlhf_fast.use_backend(backend if dtype == torch.bfloat16 else "reference"):
+            loss = rlhf_fast.linear_ppo_loss(*leaves, ids, old, advantages, mask, **options)
+        return loss.loss, torch.autograd.grad(loss.loss, leaves)
+
+    with poisoned_memory():
+        loss, grads = run(torch.bfloat16)
+    rounded = x.nan_to_num().to(torch.bfloat16), w.to(torch.bfloat16)
+    x, w = (t.double() for t in rounded)
+    true_loss, true_grads = run(torch.float64)
+    assert_accurate("loss", loss, true_loss.to(torch.float64))
+    for a, b in zip(grads, true_grads, strict=True):
+        bound = 6 * torch.finfo(torch.bfloat16).eps * (b.abs() + b.abs().mean())
+        assert ((a.double() - b).abs() <= bound).all()
+    nothing = run(torch.bfloat16, torch.zeros_like(advantages))[1] if not entropy_coef else ()
+    assert all((grad == 0).all() for grad in nothing)

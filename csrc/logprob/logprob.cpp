@@ -262,7 +262,9 @@ void write_piece(const LogprobBackwardArgs& args, int64_t row, int64_t begin,
                  const GradientRow<T>& r) {
   const LogitRows& in = args.in;
   const int n = columns_of(in, begin);
-  O* const out = static_cast<O*>(args.out) + row * in.vocabulary + begin;
+  const int64_t place = place_of(args, row);
+  if (place < 0) return;
+  O* const out = static_cast<O*>(args.out) + place * in.vocabulary + begin;
   if (!is_live(in, row)) {
     std::memset(static_cast<void*>(out), 0, n * sizeof(O));
     return;
@@ -280,7 +282,7 @@ void write_piece(const LogprobBackwardArgs& args, int64_t row, int64_t begin,
 template <class T, class O, bool ENTROPY>
 void backward(const LogprobBackwardArgs& args) {
   const LogitRows& in = args.in;
-  advise_large_pages(args.out, in.rows * in.vocabulary * sizeof(O));
+  if (!args.places) advise_large_pages(args.out, in.rows * in.vocabulary * sizeof(O));
   const int64_t count = pieces_of(in);
   std::vector<GradientRow<T>> rows(in.rows);
   parallel_for(in.rows, kPiece, in.threads, [&](int64_t row) {

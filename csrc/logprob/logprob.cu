@@ -152,7 +152,9 @@ RLHF_HD void backward_row(const LogprobBackwardArgs& args) {
   const LogitRows& in = args.in;
   const int64_t row = blockIdx.x;
   const int vocabulary = static_cast<int>(in.vocabulary);
-  O* const out = static_cast<O*>(args.out) + row * in.vocabulary;
+  const int64_t place = place_of(args, row);
+  if (place < 0) return;  // the same for the whole block
+  O* const out = static_cast<O*>(args.out) + place * in.vocabulary;
   if (!is_live(in, row)) return store_zeros(out, vocabulary);  // the same for the whole block
   const T* const z = row_of<T>(in, row);
   const float chosen = chosen_logit(in, z, in.ids[row]);

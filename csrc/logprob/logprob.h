@@ -44,6 +44,7 @@ struct LogprobBackwardArgs {
   const float *grad_entropy, *entropy;            // [rows], or both null
   void* out;  // [rows, vocabulary]; may be the logits themselves where those are contiguous
   Dtype out_dtype;  // that of the logits, or any for float logits
+  const int64_t* places;  // [rows] or null: see place_of
 };
 
 // Calls f(T{}, O{}) with the types of the logits and of their gradient.
@@ -84,6 +85,11 @@ template <class T>
 RLHF_HD const T* row_of(const LogitRows& in, int64_t row) {
   return static_cast<const T*>(in.logits) + row / in.inner * in.stride_outer +
          row % in.inner * in.stride_inner;
+}
+
+// The row of `out` that a row's gradient goes to, negative for none.
+RLHF_HD int64_t place_of(const LogprobBackwardArgs& args, int64_t row) {
+  return args.places ? args.places[row] : row;
 }
 
 // 1 / temperature, at most 2e38 so that 0 * rate stays 0 at any legal temperature.

@@ -22,17 +22,19 @@ ELSEWHERE = -(2**62)
 
 
 def gradient_of(
-    x: torch.Tensor, out: torch.Tensor | None, *, rounded: bool = False
+    x: torch.Tensor, out: torch.Tensor | None, *, rounded: bool = False, placed: bool = False
 ) -> torch.Tensor:
     """Where the gradient of `x` goes: a new tensor, or `out`, which may be `x` itself.
 
-    With `rounded`, `out` may be in half precision where `x` is float32.
+    With `rounded`, `out` may be in half precision where `x` is float32, with `placed` it may have
+    another number of rows.
     """
     if out is None:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     half = out.dtype in (torch.bfloat16, torch.float16) and x.dtype == torch.float32
     fits = out.dtype == x.dtype or (rounded and half)
-    if out.shape != x.shape or not fits or not out.is_contiguous():
+    same = out.shape[-1:] == x.shape[-1:] if placed else out.shape == x.shape
+    if not same or not fits or not out.is_contiguous():
         raise ValueError(
             f"out: expected a contiguous {str(x.dtype)[6:]} tensor of shape {tuple(x.shape)}, got "
             f"{str(out.dtype)[6:]} of shape {tuple(out.shape)} and strides {out.stride()}"

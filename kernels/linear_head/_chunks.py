@@ -22,21 +22,14 @@ from rlhf_fast.kernels._common.launch import ELSEWHERE
 from rlhf_fast.kernels.logprob.reference import live_tokens
 
 from . import _shards
+from ._collect import collector
 from ._gradients import Gradients
-from ._logits import Logits, chunk_bytes, chunks, merge_shards, passed_on, rows_that_fit
+from ._logits import Logits, chunks, merge_shards, passed_on, rows_that_fit
 from ._tiles import Head, Rows, full_precision, split
 from ._walk import Kept, backward_walk
 from .reference_kl import kl_setup
 from .reference_logprob import as_outputs, local_ids
 from .reference_ppo import Sweeps, policy_loss_of_head
-
-# Gathering a logit's gradient takes 0.46 ns, its two products with 512 columns 4.9 ns: rows are
-# left out where they are more than an eighth.
-_WORTH_GATHERING = 7 / 8
-# In half precision the gradients of this many chunks' bytes are multiplied at once: each product
-# reads and writes the float32 gradient of the head, 4.3 GB for 131072 x 4096.
-_STACK = 4
-
 
 def _setup(
     hidden, weight, ids, bias, lora_a, lora_b, mask, temperature, temperatures, softcap,
@@ -158,57 +151,28 @@ class LinearHead:
         return as_outputs(self._backward(*arguments, True), arguments[2])
 
     def _one_sweep(self, rows: Rows, head: Head, local, needs, with_entropy, token_gradient):
-        """(logprob [N], entropy [N], gradients of the head), each chunk's logits computed once.
-
-        On the CPU, rows whose gradient turns out to be 0 (clipped, or without an advantage) take
-        no part in the products of the gradient where they are more than an eighth.
-        """
+        """(logprob [N], entropy [N], gradients of the head), each chunk's logits computed once."""
         logits = Logits(rows, head, local.clamp(min=0))
         gradients = Gradients(head, rows, logits.down, needs, slicewise=False)
         logprob, entropy = rows.new(), rows.new()
-        for stack, blocks in self._stacks(logits):
-            for block in blocks:
-                z = logits.chunk(block)
-                options = logits.ids[block], *logits.options(block)
-                if with_entropy:
-                    lp, entropy[block], *saved = self.logprob.logprob_entropy(z, *options)
-                    saved.append(entropy[block])
-                else:
-                    lp, *saved = self.logprob.logprob(z, *options)
-                    saved.append(None)
-                logprob[block] = lp
-                g, h = token_gradient(lp, block)
-                first = block.start - blocks[0].start
-                dz = z if stack is None else stack[first : first + len(z)]
-                self.logprob.logprob_backward(g, h, z, *options, *saved, out=dz)
-            kept = None
-            # With an entropy term every token that counts has a gradient.
-            sparse = stack is None and h is None and not rows.invariant and not g.is_cuda
-            if sparse and not g.all():
-                kept = g.nonzero().squeeze(-1)
-                if len(kept) > _WORTH_GATHERING * len(g):
-                    kept = None
-            together = slice(blocks[0].start, blocks[-1].stop)
-            if stack is not None:
-                dz = stack[: together.stop - together.start]
-            logits.carry(gradients, dz, together, kept)
+        blocks = chunks(rows, head.weight.shape[0])
+        collect = collector(logits, gradients, needs)
+        for block in blocks:
+            z = logits.chunk(block)
+            options = logits.ids[block], *logits.options(block)
+            if with_entropy:
+                lp, entropy[block], *saved = self.logprob.logprob_entropy(z, *options)
+                saved.append(entropy[block])
+            else:
+                lp, *saved = self.logprob.logprob(z, *options)
+                saved.append(None)
+            logprob[block] = lp
+            g, h = token_gradient(lp, block)
+            out, places = collect.target(z, block, g, h)
+            self.logprob.logprob_backward(g, h, z, *options, *saved, out=out, places=places)
+            collect.written(block)
+        collect.finish()
         return rows.whole(logprob), rows.whole(entropy), gradients.finish(lambda x: x)
-
-    @staticmethod
-    def _stacks(logits: Logits) -> list[tuple[torch.Tensor | None, list[slice]]]:
-        """The chunks whose gradients are multiplied at once, and memory for their gradients.
-
-        In the arithmetic's dtype a chunk's gradient takes the place of its logits, and is alone.
-        """
-        rows, vocabulary = logits.rows, logits.head.weight.shape[0]
-        blocks = chunks(rows, vocabulary)
-        if logits.gradient_dtype == rows.hidden.dtype:
-            return [(None, [block]) for block in blocks]
-        room = _STACK * chunk_bytes(rows.hidden.device.type) // (2 * vocabulary)
-        number = max(room // rows.block, 1)
-        size = min(number * rows.block, rows.hidden.shape[0])
-        memory = rows.hidden.new_empty(size, vocabulary, dtype=logits.gradient_dtype)
-        return [(memory, blocks[i : i + number]) for i in range(0, len(blocks), number)]
 
     @full_precision
     def linear_ppo_loss(self, *arguments) -> tuple[torch.Tensor, ...]:

@@ -69,23 +69,26 @@ def logprob_backward(
     entropy: torch.Tensor | None,
     *,
     out: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gradient of the logits, contiguous and in their dtype.
 
     It is written to `out` where that is given: contiguous, of the shape and dtype of `logits` or,
     for float32 logits, in half precision, and either `logits` itself or no part of it. An id of
     `ELSEWHERE` stands for a token that is not among these columns, possible in the whole vocabulary
-    that `row_max`, `log_sum` and `entropy` belong to.
+    that `row_max`, `log_sum` and `entropy` belong to. With `places` row n of the gradient goes to
+    row `places[n]` of `out`, and nowhere where that is negative.
     """
     options = (mask, temperature, temperatures, softcap, ignore_index)
-    out = gradient_of(logits, out, rounded=True)
+    out = gradient_of(logits, out, rounded=True, placed=places is not None)
     if ids.numel():
         rows = LogitRows(logits, ids, *options)
         vectors = [flat(x) for x in (grad_logprob, grad_entropy, row_max, log_sum, entropy)]
         run = kernel("logprob_backward", logits)
+        places = flat(places)
         run(
             rows.arguments, *place(logits), *map(address, vectors), out.data_ptr(),
-            dtype_number("out", out),
+            dtype_number("out", out), address(places),
         )  # fmt: skip
     return out
 

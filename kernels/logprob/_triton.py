@@ -103,14 +103,17 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["ignore_index", "inner"])
 def _backward_kernel(
     grad_logprob_ptr, grad_entropy_ptr, logits_ptr, ids_ptr, mask_ptr, temperatures_ptr, max_ptr,
-    log_sum_ptr, entropy_ptr, out_ptr, inner, stride_outer, stride_inner, V, ignore_index,
-    inv_temperature, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    log_sum_ptr, entropy_ptr, out_ptr, places_ptr, inner, stride_outer, stride_inner, V,
+    ignore_index, inv_temperature, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    out_ptr += row * V
+    place = row
+    if places_ptr is not None:
+        place = tl.load(places_ptr + row)
+    out_ptr += place * V
     lane = tl.arange(0, BLOCK_V)
     token, live = _token(ids_ptr, mask_ptr, ignore_index, row)
-    if live:
+    if live & (place >= 0):
         rate = row_rate(inv_temperature, temperatures_ptr, row)
         base = logits_ptr + (row // inner) * stride_outer + (row % inner) * stride_inner
         row_max = tl.load(max_ptr + row)
@@ -141,7 +144,7 @@ def _backward_kernel(
             if HAS_SOFTCAP:
                 du *= slope
             tl.store(out_ptr + cols, du.to(out_ptr.dtype.element_ty), mask=cols < V)
-    else:
+    elif place >= 0:
         for start in range(0, V, BLOCK_V):
             cols = start + lane
             zeros = tl.zeros([BLOCK_V], out_ptr.dtype.element_ty)
@@ -163,14 +166,15 @@ def _one_pass_kernel(
     tl.debug_barrier()  # all warps see what the forward has stored
     _backward_kernel(
         grad_logprob_ptr, grad_entropy_ptr, logits_ptr, ids_ptr, mask_ptr, temperatures_ptr,
-        max_ptr, log_sum_ptr, entropy_ptr, out_ptr, inner, stride_outer, stride_inner, V,
+        max_ptr, log_sum_ptr, entropy_ptr, out_ptr, None, inner, stride_outer, stride_inner, V,
         ignore_index, inv_temperature, softcap, HAS_SOFTCAP, BLOCK_V,
     )  # fmt: skip
 
 
 def _aot(
-    kernel, dtype, log2_lanes, warps, *, entropy=True, temperatures=False, softcap=False, out=""
-):
+    kernel, dtype, log2_lanes, warps, *, entropy=True, temperatures=False, softcap=False, out="",
+    places=False,
+):  # fmt: skip
     """One entry of AOT_SIGNATURES; arguments that are left out are None."""
     vector, scalar = "*fp32:16", "fp32"
     signature = {
@@ -184,6 +188,8 @@ def _aot(
         signature |= {"entropy_ptr": vector, "grad_entropy_ptr": vector}
     if temperatures:
         signature["temperatures_ptr"] = vector
+    if places:
+        signature["places_ptr"] = "*i64:16"
     constants = {"HAS_SOFTCAP": softcap, "LOG2_LANES": log2_lanes, "BLOCK_V": 2 << log2_lanes}
     names = kernel.arg_names
     return (
@@ -204,7 +210,7 @@ AOT_SIGNATURES = [
         ("bf16", SHAPES[-1], {"entropy": False, "temperatures": True}),
         ("bf16", SHAPES[-1], {"softcap": True}),
     )
-] + [_aot(_backward_kernel, "fp32", *SHAPES[-1][1:], out="bf16")]
+] + [_aot(_backward_kernel, "fp32", *SHAPES[-1][1:], out="bf16", places=places) for places in (False, True)]
 
 
 def _shape(vocabulary: int) -> tuple[int, int]:
@@ -278,15 +284,17 @@ def logprob_backward(
     entropy: torch.Tensor | None,
     *,
     out: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gradient of the logits, contiguous and in their dtype.
 
     It is written to `out` where that is given: contiguous, of the shape and dtype of `logits` or,
     for float32 logits, in half precision, and either `logits` itself or no part of it. An id of
     `ELSEWHERE` stands for a token that is not among these columns, possible in the whole vocabulary
-    that `row_max`, `log_sum` and `entropy` belong to.
+    that `row_max`, `log_sum` and `entropy` belong to. With `places` row n of the gradient goes to
+    row `places[n]` of `out`, and nowhere where that is negative.
     """
-    out = gradient_of(logits, out, rounded=True)
+    out = gradient_of(logits, out, rounded=True, placed=places is not None)
     if ids.numel():
         vocabulary = logits.shape[-1]
         log2_lanes, warps = _shape(vocabulary)
@@ -294,7 +302,7 @@ def logprob_backward(
         with on_device_of(logits):
             _backward_kernel[(ids.numel(),)](
                 flat(grad_logprob), flat(grad_entropy), logits, flat(ids), flat(mask),
-                flat(temperatures), flat(row_max), flat(log_sum), flat(entropy), out,
+                flat(temperatures), flat(row_max), flat(log_sum), flat(entropy), out, flat(places),
                 inner, stride_outer, stride_inner, vocabulary, ignore_index, inverse(temperature),
                 softcap or 0.0, softcap is not None, 2 << log2_lanes,
                 num_warps=warps, enable_fp_fusion=False,
