@@ -189,3 +189,95 @@ def test_only_active_rows_in_half_precision(backend, entropy_coef, stack, monkey
         assert ((a.double() - b).abs() <= bound).all()
     nothing = run(torch.bfloat16, torch.zeros_like(advantages))[1] if not entropy_coef else ()
     assert all((grad == 0).all() for grad in nothing)
+
+
+def counted_products(monkeypatch):
+    """A list that gets (rows, inner size, columns) of every product of the package from now on."""
+    seen = []
+    product, accumulate = _tiles.product, _gradients.accumulate
+
+    def watch_product(a, b, *others):
+        seen.append((*a.shape, b.shape[1]))
+        return product(a, b, *others)
+
+    def watch_accumulate(total, a, b, *others):
+        seen.append((*a.shape, b.shape[1]))
+        accumulate(total, a, b, *others)
+
+    monkeypatch.setattr(_tiles, "product", watch_product)
+    monkeypatch.setattr(_gradients, "accumulate", watch_accumulate)
+    return seen
+
+
+@needs_cpu
+@pytest.mark.parametrize("rows", [1000, 60, 25])
+def test_kept_logits_are_not_computed_again(rows, monkeypatch):
+    """Forward and backward take three products for the rows that are kept, four for the others."""
+    n, size, vocabulary = 60, 8, 300
+    x, w, ids = make(n, size, vocabulary)
+    monkeypatch.setattr(_logits, "MIN_ROWS", 1)
+    monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", str(4 * vocabulary * rows))
+    x, w = x.requires_grad_(), w.requires_grad_()
+    seen = counted_products(monkeypatch)
+    torch.autograd.grad(rlhf_fast.linear_logprob(x, w, ids).sum(), (x, w))
+    one = n * size * vocabulary
+    assert sum(a * b * c for a, b, c in seen) == 4 * one - one * min(rows, n) // n
+    seen.clear()
+    with torch.no_grad():
+        rlhf_fast.linear_logprob(x, w, ids)
+    assert sum(a * b * c for a, b, c in seen) == one
+
+
+@needs_cpu
+@pytest.mark.parametrize("rows", [1000, 25, 7])
+@pytest.mark.parametrize("op", ["linear_logprob_entropy", "linear_kl"])
+def test_what_is_kept_changes_nothing(op, rows, monkeypatch):
+    """Not even in a second backward pass, nor where its tokens are others than the first one's."""
+    n, vocabulary = 60, 300
+    x, w, ids = make(n, 8, vocabulary)
+    ref = randn(n, 5, seed=11), randn(vocabulary, 5, seed=12)
+    mask = torch.rand(n, generator=torch.Generator().manual_seed(7)) < 0.8
+    g, h = randn(n, seed=8), randn(n, seed=9)
+    monkeypatch.setattr(_logits, "MIN_ROWS", 1)
+    monkeypatch.setenv("RLHF_FAST_CHUNK_BYTES", str(4 * vocabulary * rows))
+
+    def run(dtype, upstreams):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+        if op == "linear_kl":
+            out = rlhf_fast.linear_kl(*leaves, *(t.to(dtype) for t in ref), ids=ids, mask=mask)
+            first = out.kl
+        else:
+            out = rlhf_fast.linear_logprob_entropy(*leaves, ids, mask=mask)
+            first = out.logprob
+        losses = [(first * g.to(dtype) + out.entropy * h.to(dtype)) @ u.to(dtype) for u in upstreams]
+        return [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in losses]
+
+    every = torch.ones(n)
+    some, late = (every * keep for keep in (torch.arange(n) % 3 == 0, torch.arange(n) > 55))
+    none = every * 0
+    with poisoned_memory():
+        ours = run(torch.float32, (every, some, late, none, every))
+    truth = run(torch.float64, (every, some, late, none, every))
+    with rlhf_fast.use_backend("reference"):
+        rough = run(torch.float32, (every, some, late, none, every))
+    for mine, true, plain in zip(ours, truth, rough, strict=True):
+        for name, a, b, c in zip(("hidden", "weight"), mine, true, plain, strict=True):
+            assert_accurate(name, a, b, c)
+    for a, b in zip(ours[0], ours[-1], strict=True):
+        assert_same_bits("second time", a, b)
+
+
+@needs_cpu
+def test_peak_memory_of_a_call_that_keeps_logits():
+    """Kept chunk, gradient of the head, a tile of a quarter of a chunk: 2048 x 512 x 32000 small."""
+    n, size, vocabulary = 256, 16, 16000
+    x, w, ids = make(n, size, vocabulary)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    chunk = 2**22
+
+    def call():
+        torch.autograd.grad(rlhf_fast.linear_logprob(x, w, ids).sum(), (x, w))
+
+    with mock.patch.dict("os.environ", {"RLHF_FAST_CHUNK_BYTES": str(chunk)}):
+        peak = peak_bytes(call, "cpu")
+    assert peak < 1.25 * chunk + 4 * (vocabulary * size + 3 * n * size) + 2**17 < 4 * n * vocabulary

@@ -8,9 +8,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import rlhf_fast
-from rlhf_fast.testing import assert_accurate, assert_same_bits, randn
+from rlhf_fast.testing import (
+    assert_accurate,
+    assert_same_bits,
+    device_of,
+    randn,
+    usable_backends,
+)
 
 N, H, V, R = 11, 8, 100, 3
+# The processes of a test have CPU tensors.
+BACKENDS = [b for b in usable_backends("linear_logprob") if device_of(b) == "cpu"]
 
 
 def inputs():
@@ -34,6 +42,10 @@ def head(x, w, bias, a, b, ids, **kwargs):
     return out, torch.autograd.grad(loss, (x, w, bias, a, b))
 
 
+def both(x, w, ids, group):
+    return rlhf_fast.linear_logprob_entropy(x, w, ids, group=group).logprob
+
+
 def assert_compiles(x, w, ids, group):
     def function(x, w):
         return rlhf_fast.linear_logprob(x, w, ids, group=group)
@@ -42,23 +54,26 @@ def assert_compiles(x, w, ids, group):
     assert_same_bits("compiled", compiled(x, w), function(x, w))
 
 
-def work(rank, sizes, store, results):
+def work(rank, sizes, store, results, backend):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
     group = dist.new_group(list(range(len(sizes))))
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     x, w, bias, a, b, ids = inputs()
     local = [t.clone().requires_grad_() for t in (x, w[mine], bias[mine], a, b[mine])]
-    outcomes = [head(*local, ids, group=group)]
-    with rlhf_fast.batch_invariant():
-        outcomes.append(head(*local, ids, group=group))
-    bad = ids.clone()
-    bad[3] = V
-    with pytest.raises(IndexError, match=rf"ids: expected values in \[0, {V}\), got {V}"):
-        rlhf_fast.linear_logprob(*local[:2], bad, group=group)
+    with rlhf_fast.use_backend(backend):
+        outcomes = [head(*local, ids, group=group)]
+        with rlhf_fast.batch_invariant():
+            outcomes.append(head(*local, ids, group=group))
+        bad = ids.clone()
+        bad[3] = V
+        with pytest.raises(IndexError, match=rf"ids: expected values in \[0, {V}\), got {V}"):
+            rlhf_fast.linear_logprob(*local[:2], bad, group=group)
+        alone = rlhf_fast.linear_logprob(*local[:2], ids, group=group)
+        assert_same_bits("with entropy", alone, both(*local[:2], ids, group))
 
-    if sizes == (50, 50):  # once: every process pays for its own compiler
-        assert_compiles(*local[:2], ids.clamp(min=0), group)
+        if sizes == (50, 50):  # once: every process pays for its own compiler
+            assert_compiles(*local[:2], ids.clamp(min=0), group)
     detached = [([y.detach() for y in out], [g.detach() for g in grads]) for out, grads in outcomes]
     torch.save(detached, f"{results}/{rank}.pt")
     dist.barrier()
@@ -66,8 +81,9 @@ def work(rank, sizes, store, results):
 
 
 @pytest.mark.parametrize("sizes", [(50, 50), (1, 70, 29), (0, 100)])
-def test_vocabulary_over_processes(tmp_path, sizes):
-    mp.spawn(work, (sizes, tmp_path / "store", tmp_path), nprocs=len(sizes))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vocabulary_over_processes(tmp_path, sizes, backend):
+    mp.spawn(work, (sizes, tmp_path / "store", tmp_path, backend), nprocs=len(sizes))
     x, w, bias, a, b, ids = inputs()
     one = [t.double().requires_grad_() for t in (x, w, bias, a, b)]
     truth, true_grads = head(*one, ids)
