@@ -4,7 +4,7 @@ import importlib
 
 from rlhf_fast._dispatch import backends, use_backend
 from rlhf_fast._invariant import batch_invariant
-from rlhf_fast.head import Head, causal_lm_head, model_logprob
+from rlhf_fast.head import Head, causal_lm_head, model_logprob, model_policy_loss
 from rlhf_fast.kernels.advantages import (
     Advantages,
     group_advantages,
@@ -78,6 +78,7 @@ __all__ = [
     "logprob_entropy",
     "logprob_entropy_and_grad",
     "model_logprob",
+    "model_policy_loss",
     "policy_loss",
     "ppo_advantages",
     "ppo_loss",

@@ -1,21 +1,27 @@
-"""Log-probs of a Hugging Face causal LM without its logits."""
+"""Log-probs and policy losses of a Hugging Face causal LM without its logits."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from rlhf_fast import _args
-from rlhf_fast.kernels.linear_head import linear_logprob, linear_logprob_entropy
+from rlhf_fast.kernels.linear_head import (
+    linear_logprob,
+    linear_logprob_entropy,
+    linear_ppo_loss,
+)
 from rlhf_fast.kernels.logprob import LogprobEntropy
+from rlhf_fast.kernels.ppo_loss import Loss
 from rlhf_fast.rollout.models import evaluation
 
-# What `model_logprob` decides itself, or what would ask the model for logits.
-_OURS = ("labels", "logits_to_keep", "num_logits_to_keep", "return_dict", "input_ids")
+# What this file decides itself, or what would ask the model for logits.
+_OURS = ("labels", "logits_to_keep", "num_logits_to_keep", "return_dict")
 
 # Models whose logits were compared with what `causal_lm_head` says of them.
 _VERIFIED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -219,6 +225,49 @@ def _score_mask(mask, attention_mask, shape: tuple[int, ...], device) -> torch.T
     return (seen[:, 1:] & seen[:, :-1])[:, -shape[1] :]
 
 
+def _check_batch(input_ids, attention_mask, model_kwargs: dict[str, Any]) -> int:
+    """S of a batch [B, S] that is what the model and the head can take."""
+    if wrong := [name for name in _OURS if name in model_kwargs]:
+        raise TypeError(f"{wrong[0]}: not an argument, the model is asked for hidden states only")
+    _args.check_ids("input_ids", input_ids)
+    if input_ids.ndim != 2 or input_ids.shape[1] < 2:
+        raise ValueError(
+            f"input_ids: expected shape [B, S] with S >= 2, got {tuple(input_ids.shape)}"
+        )
+    if attention_mask is not None:
+        _args.check_shape("attention_mask", attention_mask, input_ids.shape, "that of input_ids")
+    return input_ids.shape[1]
+
+
+def _score(
+    op: Callable[..., Any],
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    last: int,
+    mask: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    model_kwargs: dict[str, Any],
+) -> Any:
+    """What `op`, one of the `linear_*` functions, returns for the last tokens of each row."""
+    ids = input_ids[:, -last:]
+    mask = _score_mask(mask, attention_mask, tuple(ids.shape), ids.device)
+
+    def use(hidden: torch.Tensor, head: Head) -> Any:
+        if hidden.shape[:-1] != input_ids.shape:
+            raise NotImplementedError(
+                f"model: expected one hidden state per token, {tuple(input_ids.shape)}, at its "
+                f"head, got {tuple(hidden.shape[:-1])}"
+            )
+        rows = hidden[:, -last - 1 : -1].to(head.weight.dtype)
+        return op(
+            rows, head.weight, ids, mask=mask, temperature=temperature, **head.options()
+        )  # fmt: skip
+
+    inputs = {"use_cache": False, **model_kwargs, "input_ids": input_ids}
+    return _forward(model, inputs | {"attention_mask": attention_mask}, use)
+
+
 def model_logprob(
     model: Any,
     input_ids: torch.Tensor,
@@ -262,33 +311,74 @@ def model_logprob(
         NotImplementedError: as `causal_lm_head`; hidden states that are not one per token (prompt
             tuning); a weight that is not whole in the forward pass or is freed after it.
     """
-    if wrong := [name for name in _OURS if name in model_kwargs]:
-        raise TypeError(f"{wrong[0]}: not an argument of model_logprob")
-    _args.check_ids("input_ids", input_ids)
-    if input_ids.ndim != 2 or input_ids.shape[1] < 2:
-        raise ValueError(
-            f"input_ids: expected shape [B, S] with S >= 2, got {tuple(input_ids.shape)}"
-        )
-    size = input_ids.shape[1]
-    if attention_mask is not None:
-        _args.check_shape("attention_mask", attention_mask, input_ids.shape, "that of input_ids")
+    size = _check_batch(input_ids, attention_mask, model_kwargs)
     last = size - 1 if last is None else _args.integer("last", last)
     if not 1 <= last < size:
         raise ValueError(f"last: expected 1 to {size - 1}, the tokens with one before, got {last}")
-    ids = input_ids[:, -last:]
-    mask = _score_mask(mask, attention_mask, tuple(ids.shape), ids.device)
     op = linear_logprob_entropy if entropy else linear_logprob
+    return _score(op, model, input_ids, attention_mask, last, mask, temperature, model_kwargs)
 
-    def score(hidden: torch.Tensor, head: Head) -> Any:
-        if hidden.shape[:-1] != input_ids.shape:
-            raise NotImplementedError(
-                f"model: expected one hidden state per token, {tuple(input_ids.shape)}, at its "
-                f"head, got {tuple(hidden.shape[:-1])}"
-            )
-        rows = hidden[:, -last - 1 : -1].to(head.weight.dtype)
-        return op(
-            rows, head.weight, ids, mask=mask, temperature=temperature, **head.options()
-        )  # fmt: skip
 
-    inputs = {"use_cache": False, **model_kwargs, "input_ids": input_ids}
-    return _forward(model, inputs | {"attention_mask": attention_mask}, score)
+def model_policy_loss(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    old_logprob: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    kind: str = "ppo",
+    clip_low: float | None = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    reduction: str = "token-mean",
+    normalizer: float | torch.Tensor | None = None,
+    importance_weights: torch.Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprob: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    **model_kwargs: Any,
+) -> Loss:
+    """Policy-gradient loss of the last tokens of a batch under a Hugging Face causal LM.
+
+        logprob, entropy = model_logprob(model, input_ids, attention_mask, last=T, entropy=True)
+        loss = policy_loss(logprob, old_logprob, advantages, mask)
+               - entropy_coef entropy + kl_coef kl_estimate(logprob, ref_logprob)
+
+    with `linear_ppo_loss` in the head's place. While gradients are on, the head's are made in the
+    forward pass, from each chunk of logits as it is: three products with the head instead of the
+    four of `model_logprob` and a loss. The gradient of the head is held, in float32, until the
+    backward pass.
+
+    Args:
+        model, input_ids, attention_mask, temperature, model_kwargs: as in `model_logprob`.
+        old_logprob: `[B, T]` log-probs in nats of the last T tokens of each row when they were
+            drawn, 1 <= T < S. Data.
+        advantages: `[B, T]`; gets a gradient in kind "reinforce" alone.
+        mask: `[B, T]` of the tokens that count; if not given, those of `model_logprob`.
+        kind, clip_low, clip_high, dual_clip, reduction, normalizer, importance_weights: as in
+            `policy_loss`; each row of the batch is a sequence.
+        entropy_coef, ref_logprob, kl_coef, kl_estimator: as in `linear_ppo_loss`.
+
+    Returns:
+        `Loss(loss, stats)` of `policy_loss`, differentiable in the model's parameters.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `model_logprob` and `linear_ppo_loss`.
+    """
+    size = _check_batch(input_ids, attention_mask, model_kwargs)
+    _args.check_float_tensor("old_logprob", old_logprob)
+    shape = tuple(old_logprob.shape)
+    if len(shape) != 2 or not 1 <= shape[1] < size:
+        raise ValueError(
+            f"old_logprob: expected shape [B, T] with T from 1 to {size - 1}, got {shape}"
+        )
+    op = partial(
+        linear_ppo_loss, old_logprob=old_logprob, advantages=advantages, kind=kind,
+        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, reduction=reduction,
+        normalizer=normalizer, importance_weights=importance_weights, entropy_coef=entropy_coef,
+        ref_logprob=ref_logprob, kl_coef=kl_coef, kl_estimator=kl_estimator,
+    )  # fmt: skip
+    return _score(op, model, input_ids, attention_mask, shape[1], mask, temperature, model_kwargs)

@@ -1,4 +1,5 @@
-"""Log-probs of Hugging Face models without logits: what their own forward says, or a refusal."""
+"""Log-probs and losses of Hugging Face models without logits: what their own forward says, or a
+refusal."""
 
 import sys
 
@@ -129,6 +130,127 @@ def test_causal_lm_head_describes_the_model():
     torch.testing.assert_close(found, truth, **CLOSE)
 
 
+# --------------------------------------------------------------------------------------- the loss
+
+
+def loss_inputs(seed=0):
+    """(old log-probs, advantages) [3, 5], which clip some of the ratios; NaN where padding is."""
+    generator = torch.Generator().manual_seed(seed)
+    old, advantages = (torch.randn(3, 5, generator=generator) for _ in range(2))
+    old[0, 2:] = advantages[0, 2:] = torch.nan
+    return old - 4, advantages
+
+
+def whole_loss(logprob, entropy, old, advantages, mask, options):
+    """The loss by `policy_loss` and the terms beside it, and the statistics that it has."""
+    options = dict(options)
+    entropy_coef, kl_coef = options.pop("entropy_coef", 0.0), options.pop("kl_coef", 0.0)
+    ref, estimator = options.pop("ref_logprob", None), options.pop("kl_estimator", "k3")
+    out = rlhf_fast.policy_loss(logprob, old, advantages, mask, **options)
+    loss, stats = out.loss, out.stats_dict()
+    if entropy_coef or kl_coef:  # a token mean, or what `normalizer` makes of it
+        count = options.get("normalizer", mask.sum())
+        kl = rlhf_fast.kl_estimate(logprob, ref, estimator=estimator, mask=mask)
+        loss = loss + (kl_coef * kl - entropy_coef * entropy * mask).sum() / count
+        stats["entropy"] = (entropy * mask).sum().item() / mask.sum().item()
+        stats["kl"] = kl.sum().item() / mask.sum().item()
+    return loss, stats
+
+
+def assert_same_loss(model, **options):
+    """`model_policy_loss` against the model's own logits and the losses of tokens."""
+    ids, attention, positions = batch()
+    mask = (attention[:, -5:] * attention[:, -6:-1]) != 0
+    old, advantages = loss_inputs()
+    found = rlhf_fast.model_policy_loss(
+        model, ids, attention, old, advantages, mask, position_ids=positions, temperature=0.7,
+        **options,
+    )  # fmt: skip
+    model.zero_grad()
+    found.loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits
+    out = rlhf_fast.logprob_entropy(
+        logits[:, -6:-1].float(), ids[:, -5:], mask=mask, temperature=0.7
+    )
+    loss, stats = whole_loss(*out, old, advantages, mask, options)
+    model.zero_grad()
+    loss.backward()
+    torch.testing.assert_close(found.loss, loss, rtol=2e-5, atol=2e-5)
+    assert found.stats_dict() == pytest.approx(stats, rel=2e-5, abs=2e-5)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            rough = 2e-5 * max(1.0, p.grad.abs().max().item())
+            torch.testing.assert_close(ours.pop(name), p.grad, rtol=0, atol=rough, msg=name)
+    assert not ours
+    return found
+
+
+REF = torch.linspace(-6, -3, 15).view(3, 5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kind": "gspo", "reduction": "seq-mean-token-mean", "clip_low": 0.1, "clip_high": 0.3},
+        {"kind": "reinforce", "normalizer": 7.0},
+        {"kind": "a2c", "importance_weights": torch.linspace(0.5, 2, 15).view(3, 5)},
+        {"dual_clip": 2.0, "entropy_coef": 0.1, "kl_coef": 0.2, "ref_logprob": REF},
+    ],
+    ids=["ppo", "gspo", "reinforce", "a2c", "terms"],
+)
+def test_the_policy_loss_is_that_of_the_models_logits(options):
+    stats = assert_same_loss(tiny(scale=2.0).eval(), **options).stats_dict()
+    assert stats["tokens"] == 11
+    if "kind" not in options:
+        assert 0 < stats["clip_fraction"] < 1
+
+
+def test_the_policy_loss_of_heads_that_are_more_than_a_weight():
+    model = tiny("granite", logits_scaling=3.0).eval()
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-2, 2, V))
+    assert_same_loss(model, entropy_coef=0.1, kl_coef=0.1, ref_logprob=REF)
+    assert_same_loss(tiny("gemma2", tie_word_embeddings=True).eval())
+
+
+def test_the_policy_loss_of_all_tokens_but_padding():
+    model, (ids, attention, positions) = tiny(scale=2.0).eval(), batch()
+    old, advantages = (torch.full((3, 8), x) for x in (-4.0, 1.0))
+    with torch.no_grad():
+        found, given = (
+            rlhf_fast.model_policy_loss(
+                model, ids, attention, old, advantages, mask, position_ids=positions
+            )
+            for mask in (None, attention[:, 1:] * attention[:, :-1])
+        )
+    assert torch.equal(found.stats, given.stats) and not found.loss.requires_grad
+    assert found.stats_dict()["tokens"] == 17
+
+
+def test_wrong_arguments_of_the_policy_loss():
+    model, (ids, attention, _) = tiny(), batch()
+    old, advantages = loss_inputs()
+    for error, pattern, change in (
+        (TypeError, "labels: not an argument", {"labels": ids}),
+        (TypeError, "old_logprob: expected", {"old_logprob": [0.0]}),
+        (ValueError, r"old_logprob: expected shape \[B, T\] with", {"old_logprob": old[0]}),
+        (
+            ValueError,
+            r"old_logprob: .* T from 1 to 8, got \(3, 9\)",
+            {"old_logprob": torch.zeros(3, 9)},
+        ),
+        (ValueError, r"advantages: expected shape \(3, 5\)", {"advantages": torch.zeros(3, 4)}),
+        (ValueError, r"mask: expected shape \(3, 5\)", {"mask": torch.ones(3, 4)}),
+        (ValueError, "kind: expected", {"kind": "dpo"}),
+        (ValueError, "ref_logprob: expected a tensor", {"kl_coef": 0.1}),
+    ):
+        arguments = {"old_logprob": old, "advantages": advantages} | change
+        with pytest.raises(error, match=pattern):
+            rlhf_fast.model_policy_loss(model, ids, attention, **arguments)
+    assert not model.lm_head._forward_pre_hooks
+
+
 # --------------------------------------------------------------------------------------- refusals
 
 
@@ -204,6 +326,7 @@ def test_lora_on_the_head():
     model = adapted().eval()
     assert rlhf_fast.causal_lm_head(model).lora[2] == 2.0
     assert_equal(model)
+    assert_same_loss(model)
     with model.disable_adapter():
         assert_equal_values(model)
     model.merge_adapter()
@@ -228,6 +351,13 @@ def test_adapters_that_are_more_than_a_product():
 
 def split_loss(out):
     return (out.logprob * 0.1).sum() + out.entropy.sum()
+
+
+def plain_loss(out, rank):
+    """The policy loss of the last 5 tokens of a rank's batch from all its log-probs."""
+    mask = batch()[1]
+    counted = (mask[:, 1:] * mask[:, :-1])[:, -5:]
+    return rlhf_fast.policy_loss(out.logprob[:, -5:], *loss_inputs(rank), counted).loss
 
 
 def wrapped(kind, rank):
@@ -261,13 +391,23 @@ def train_parts(rank, kind, store, results):
         with torch.no_grad():
             score()
         return dist.destroy_process_group()
+
+    def whole():
+        return {
+            name: (p.grad.full_tensor() if kind == "fsdp" else p.grad).clone()
+            for name, p in plain.named_parameters()
+        }
+
     out = score()
     split_loss(out).backward()
-    whole = {
-        name: p.grad.full_tensor() if kind == "fsdp" else p.grad
-        for name, p in plain.named_parameters()
-    }
-    torch.save((out.logprob.detach(), whole), f"{results}/{rank}.pt")
+    grads = whole()
+    model.zero_grad()
+    loss = rlhf_fast.model_policy_loss(
+        model, ids, mask, *loss_inputs(rank), position_ids=positions
+    ).loss
+    loss.backward()
+    found = (out.logprob.detach(), grads, loss.detach(), whole())
+    torch.save(found, f"{results}/{rank}.pt")
     dist.barrier()
     return dist.destroy_process_group()
 
@@ -324,12 +464,20 @@ def test_wrapped_models_average_their_gradients(kind, tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     model = tiny(scale=2.0).eval()
     truths = [own(model, *batch(seed=rank)) for rank in range(2)]
-    (sum(split_loss(truth) for truth in truths) / 2).backward()
-    for truth, (logprob, grads) in zip(truths, ranks, strict=True):
+    losses = [plain_loss(truth, rank) for rank, truth in enumerate(truths)]
+    averaged = [
+        torch.autograd.grad(sum(parts) / 2, list(model.parameters()), retain_graph=True)
+        for parts in ([split_loss(truth) for truth in truths], losses)
+    ]
+    for truth, expected, (logprob, grads, loss, loss_grads) in zip(
+        truths, losses, ranks, strict=True
+    ):
         torch.testing.assert_close(logprob, truth.logprob, **CLOSE)
-        for name, p in model.named_parameters():
-            rough = 2e-5 * max(1.0, p.grad.abs().max().item())
-            torch.testing.assert_close(grads[name], p.grad, rtol=0, atol=rough, msg=name)
+        torch.testing.assert_close(loss, expected, rtol=2e-5, atol=2e-5)
+        for given, true in zip((grads, loss_grads), averaged, strict=True):
+            for (name, _), gradient in zip(model.named_parameters(), true, strict=True):
+                rough = 2e-5 * max(1.0, gradient.abs().max().item())
+                torch.testing.assert_close(given[name], gradient, rtol=0, atol=rough, msg=name)
 
 
 @needs_processes

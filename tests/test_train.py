@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import rlhf_fast
+from rlhf_fast import testing
 from rlhf_fast.train import batches, experience, ppo, reward, sft
 from rlhf_fast.train.config import Config
 from rlhf_fast.train.data import Record, load
@@ -297,6 +298,67 @@ def test_ptx_is_one_more_gradient_term_of_the_same_step(files, judge, tmp_path):
         expected = found["ppo"][name] + 0.7 * ptx.get(name, 0.0)
         assert torch.allclose(gradient, expected, atol=1e-5, rtol=1e-4), name
         assert torch.allclose(found["small"][name], expected, atol=1e-5, rtol=1e-4), name
+
+
+def loss_of_logprobs(config, actors, rollout):
+    """The loss and the statistics of a rollout from log-probs that a graph holds."""
+    wants = config.algorithm == "ppo" and config.entropy_coef != 0
+    logprob, *more = experience.response_logprobs(
+        actors.policy, rollout, config.temperature, entropy=wants
+    )
+    policy = (logprob, rollout.logprob, rollout.advantages)
+    if config.algorithm == "reinforce":
+        return rlhf_fast.policy_loss(*policy, rollout.mask, kind="reinforce")
+    values = experience.response_values(actors.value, rollout)
+    value = (values, rollout.values, rollout.returns, rollout.mask)
+    if config.algorithm == "a2c":
+        out = rlhf_fast.policy_loss(*policy, rollout.mask, kind="a2c")
+        more = rlhf_fast.value_loss(*value, clip=config.value_clip)
+        return rlhf_fast.Loss(out.loss + config.value_coef * more.loss, out.stats)
+    return rlhf_fast.ppo_loss(
+        *policy, *value, clip_low=config.clip_low, clip_high=config.clip_high,
+        dual_clip=config.dual_clip, value_clip=config.value_clip, value_coef=config.value_coef,
+        entropy=more[0] if more else None, entropy_coef=config.entropy_coef,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"entropy_coef": 0.05, "dual_clip": 1.5, "clip_high": 0.4, "micro_batch": 3},
+        {"algorithm": "a2c", "micro_batch": 1},
+        {"algorithm": "reinforce", "micro_batch": 5},
+    ],
+    ids=["ppo", "ppo with all terms", "a2c", "reinforce"],
+)
+def test_an_update_has_the_gradients_of_the_losses_of_logprobs(files, judge, tmp_path, options):
+    """Micro-batches in one sweep over the head each, against the whole batch with log-probs."""
+    config = rl_config(files, judge, tmp_path / "run", temperature=0.8, **options)
+    run = Run("ppo", config)
+    actors = actors_of(files, judge, config)
+    rollout = actors.collect(toy.PROMPTS[:7], 3, run.device)
+    length = rollout.ids.shape[1]
+    rollout.mask[1::2, length // 2 :] = False  # responses of two lengths
+    rollout.sequence_mask[:, -length:] = rollout.mask
+    ppo.add_advantages(run, rollout, 0.1)
+    moved = 0.5 * rollout.mask
+    rollout.logprob = rollout.logprob + moved * testing.randn(*moved.shape, seed=1)
+    rollout.values = rollout.values + moved * testing.randn(*moved.shape, seed=2)
+    capture = Capture(actors.policy, actors.value)
+    run.update = capture
+    metrics = ppo.update(run, actors.policy, actors.value, None, rollout, [])
+    found = capture.found
+    expected = loss_of_logprobs(config, actors, rollout)
+    expected.loss.backward()
+    capture(None)
+    for name, gradient in capture.found.items():
+        assert torch.allclose(found[name], gradient, atol=2e-6, rtol=2e-5), name
+    stats = expected.stats_dict()
+    for name in ("policy_loss", *ppo.LOGGED):
+        if name != "value_clip_fraction" or config.algorithm == "ppo":
+            assert metrics[name] == pytest.approx(stats[name], rel=2e-5, abs=1e-6), name
+    assert config.algorithm != "ppo" or 0 < stats["clip_fraction"] < 1
 
 
 def test_rewards_and_advantages_of_a_step(files, judge, tmp_path):

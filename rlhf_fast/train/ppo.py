@@ -30,8 +30,13 @@ from rlhf_fast.train import batches
 from rlhf_fast.train.batches import Batch
 from rlhf_fast.train.config import Config, parse
 from rlhf_fast.train.data import load
-from rlhf_fast.train.experience import Actors, Experience, response_logprobs, response_values
-from rlhf_fast.train.models import load_causal_lm, load_scalar_model, load_tokenizer
+from rlhf_fast.train.experience import Actors, Experience, response_values
+from rlhf_fast.train.models import (
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    positions,
+)
 from rlhf_fast.train.run import Run, epochs_to_steps
 from rlhf_fast.train.sft import cross_entropy
 
@@ -85,31 +90,24 @@ def policy_gradient_loss(
     config: Config, policy: Any, value: Any, part: Experience, normalizer: torch.Tensor
 ) -> rlhf_fast.Loss:
     """The loss of some rows of a rollout; token sums are divided by `normalizer`."""
-    wants_entropy = config.algorithm == "ppo" and config.entropy_coef != 0
-    logprob, *more = response_logprobs(policy, part, config.temperature, entropy=wants_entropy)
-    if config.algorithm == "reinforce":
-        return rlhf_fast.policy_loss(
-            logprob, part.logprob, part.advantages, part.mask, kind="reinforce",
-            normalizer=normalizer,
-        )  # fmt: skip
-    values = response_values(value, part)
-    if config.algorithm == "a2c":
-        policy_part = rlhf_fast.policy_loss(
-            logprob, part.logprob, part.advantages, part.mask, kind="a2c", normalizer=normalizer
-        )
-        value_part = rlhf_fast.value_loss(
-            values, part.values, part.returns, part.mask, clip=config.value_clip,
-            normalizer=normalizer,
-        )  # fmt: skip
-        # Each function leaves the other's statistics at 0; both count the tokens.
-        stats = torch.where(policy_part.stats != 0, policy_part.stats, value_part.stats)
-        return rlhf_fast.Loss(policy_part.loss + config.value_coef * value_part.loss, stats)
-    return rlhf_fast.ppo_loss(
-        logprob, part.logprob, part.advantages, values, part.values, part.returns, part.mask,
-        clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
-        value_clip=config.value_clip, value_coef=config.value_coef,
-        entropy=more[0] if more else None, entropy_coef=config.entropy_coef, normalizer=normalizer,
+    options: dict[str, Any] = {}
+    if config.algorithm == "ppo":
+        names = ("clip_low", "clip_high", "dual_clip", "entropy_coef")
+        options = {name: getattr(config, name) for name in names}
+    policy_part = rlhf_fast.model_policy_loss(
+        policy, part.sequence, part.sequence_mask, part.logprob, part.advantages, part.mask,
+        temperature=config.temperature, kind=config.algorithm, normalizer=normalizer,
+        position_ids=positions(part.sequence_mask), **options,
     )  # fmt: skip
+    if config.algorithm == "reinforce":
+        return policy_part
+    value_part = rlhf_fast.value_loss(
+        response_values(value, part), part.values, part.returns, part.mask,
+        clip=config.value_clip, normalizer=normalizer,
+    )  # fmt: skip
+    # Each function leaves the other's statistics at 0; both count the tokens.
+    stats = torch.where(policy_part.stats != 0, policy_part.stats, value_part.stats)
+    return rlhf_fast.Loss(policy_part.loss + config.value_coef * value_part.loss, stats)
 
 
 def load_models(run: Run) -> tuple[Any, Any, Any, Any, Any]:
