@@ -526,9 +526,7 @@ LORA = (torch.zeros(2, 3), torch.zeros(5, 2), 1.0)
 def test_errors_name_the_argument(device, change, error, message, monkeypatch):
     monkeypatch.setenv("RLHF_FAST_DEBUG", "1")  # a GPU's values are looked at only then
     arguments = {"hidden": X, "weight": W, "ids": IDS} | change
-    arguments = torch.utils._pytree.tree_map_only(
-        torch.Tensor, lambda x: x.to(device), arguments
-    )
+    arguments = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), arguments)
     with pytest.raises(error, match=message):
         rlhf_fast.linear_logprob_entropy(**arguments)
 

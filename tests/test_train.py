@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import rlhf_fast
-from rlhf_fast import testing
-from rlhf_fast.train import batches, experience, ppo, reward, sft
+from rlhf_fast.train import batches, ppo, reward, sft
 from rlhf_fast.train.config import Config
 from rlhf_fast.train.data import Record, load
 from rlhf_fast.train.models import (
@@ -183,20 +182,11 @@ def test_scalar_model_survives_saving_and_does_not_see_padding(files, tmp_path):
 # ---------------------------------------------------------------------------------------------- PPO
 
 
-def actors_of(files, judge, config):
-    policy, reference = load_causal_lm(files["model"]), load_causal_lm(files["model"])
-    score, value = load_scalar_model(judge), load_scalar_model(judge)
-    tokenizer = load_tokenizer(files["model"])
-    return experience.Actors(
-        config, tokenizer, *(m.eval() for m in (policy, reference, score, value))
-    )
-
-
 def test_a_rollout_is_what_plain_pytorch_says(files, judge, tmp_path):
     config = rl_config(
         files, judge, tmp_path, temperature=0.8, samples_per_prompt=2, missing_eos_penalty=3.0
     )
-    actors = actors_of(files, judge, config)
+    actors = toy.actors(files, judge, config)
     rollout = actors.collect(toy.PROMPTS[:5], 7, torch.device("cpu"))
     assert len(rollout) == 10 and rollout.mask.any(1).all()
     length = rollout.ids.shape[1]
@@ -249,20 +239,6 @@ def test_the_ratio_of_the_first_pass_is_one(files, judge, tmp_path):
     assert toy.metrics(tmp_path / "run")[-1]["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
 
 
-class Capture:
-    """Stands for `Run.update`: keeps the gradients instead of taking a step."""
-
-    def __init__(self, policy, value):
-        self.policy, self.value, self.found = policy, value, {}
-
-    def __call__(self, optimizer, *modules):
-        for prefix, module in (("policy", self.policy), ("value", self.value)):
-            for name, p in module.named_parameters():
-                self.found[f"{prefix}.{name}"] = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad = None
-        return 0.0
-
-
 def test_ptx_is_one_more_gradient_term_of_the_same_step(files, judge, tmp_path):
     """grad = grad PPO + ptx_coef * grad of the pretraining cross-entropy, whatever the pieces."""
     found = {}
@@ -277,10 +253,10 @@ def test_ptx_is_one_more_gradient_term_of_the_same_step(files, judge, tmp_path):
         for key, value in options.items():
             setattr(config, key, value)
         run = Run("ppo", config)
-        actors = actors_of(files, judge, config)
+        actors = toy.actors(files, judge, config)
         rollout = actors.collect(toy.PROMPTS[:4], 3, run.device)
         ppo.add_advantages(run, rollout, 0.1)
-        capture = Capture(actors.policy, actors.value)
+        capture = toy.Capture(actors.policy, actors.value)
         run.update = capture
         text = []
         if config.ptx_coef:
@@ -300,72 +276,11 @@ def test_ptx_is_one_more_gradient_term_of_the_same_step(files, judge, tmp_path):
         assert torch.allclose(found["small"][name], expected, atol=1e-5, rtol=1e-4), name
 
 
-def loss_of_logprobs(config, actors, rollout):
-    """The loss and the statistics of a rollout from log-probs that a graph holds."""
-    wants = config.algorithm == "ppo" and config.entropy_coef != 0
-    logprob, *more = experience.response_logprobs(
-        actors.policy, rollout, config.temperature, entropy=wants
-    )
-    policy = (logprob, rollout.logprob, rollout.advantages)
-    if config.algorithm == "reinforce":
-        return rlhf_fast.policy_loss(*policy, rollout.mask, kind="reinforce")
-    values = experience.response_values(actors.value, rollout)
-    value = (values, rollout.values, rollout.returns, rollout.mask)
-    if config.algorithm == "a2c":
-        out = rlhf_fast.policy_loss(*policy, rollout.mask, kind="a2c")
-        more = rlhf_fast.value_loss(*value, clip=config.value_clip)
-        return rlhf_fast.Loss(out.loss + config.value_coef * more.loss, out.stats)
-    return rlhf_fast.ppo_loss(
-        *policy, *value, clip_low=config.clip_low, clip_high=config.clip_high,
-        dual_clip=config.dual_clip, value_clip=config.value_clip, value_coef=config.value_coef,
-        entropy=more[0] if more else None, entropy_coef=config.entropy_coef,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"entropy_coef": 0.05, "dual_clip": 1.5, "clip_high": 0.4, "micro_batch": 3},
-        {"algorithm": "a2c", "micro_batch": 1},
-        {"algorithm": "reinforce", "micro_batch": 5},
-    ],
-    ids=["ppo", "ppo with all terms", "a2c", "reinforce"],
-)
-def test_an_update_has_the_gradients_of_the_losses_of_logprobs(files, judge, tmp_path, options):
-    """Micro-batches in one sweep over the head each, against the whole batch with log-probs."""
-    config = rl_config(files, judge, tmp_path / "run", temperature=0.8, **options)
-    run = Run("ppo", config)
-    actors = actors_of(files, judge, config)
-    rollout = actors.collect(toy.PROMPTS[:7], 3, run.device)
-    length = rollout.ids.shape[1]
-    rollout.mask[1::2, length // 2 :] = False  # responses of two lengths
-    rollout.sequence_mask[:, -length:] = rollout.mask
-    ppo.add_advantages(run, rollout, 0.1)
-    moved = 0.5 * rollout.mask
-    rollout.logprob = rollout.logprob + moved * testing.randn(*moved.shape, seed=1)
-    rollout.values = rollout.values + moved * testing.randn(*moved.shape, seed=2)
-    capture = Capture(actors.policy, actors.value)
-    run.update = capture
-    metrics = ppo.update(run, actors.policy, actors.value, None, rollout, [])
-    found = capture.found
-    expected = loss_of_logprobs(config, actors, rollout)
-    expected.loss.backward()
-    capture(None)
-    for name, gradient in capture.found.items():
-        assert torch.allclose(found[name], gradient, atol=2e-6, rtol=2e-5), name
-    stats = expected.stats_dict()
-    for name in ("policy_loss", *ppo.LOGGED):
-        if name != "value_clip_fraction" or config.algorithm == "ppo":
-            assert metrics[name] == pytest.approx(stats[name], rel=2e-5, abs=1e-6), name
-    assert config.algorithm != "ppo" or 0 < stats["clip_fraction"] < 1
-
-
 def test_rewards_and_advantages_of_a_step(files, judge, tmp_path):
     """-kl_coef * log(policy / reference) per token, the score on the last, GAE, whitening."""
     config = rl_config(files, judge, tmp_path / "run", gamma=0.9, lam=0.8)
     run = Run("ppo", config)
-    rollout = actors_of(files, judge, config).collect(toy.PROMPTS[:4], 1, run.device)
+    rollout = toy.actors(files, judge, config).collect(toy.PROMPTS[:4], 1, run.device)
     rollout.ref_logprob = rollout.logprob - 0.3 * rollout.mask
     rewards = ppo.add_advantages(run, rollout, 0.5)
     raw = torch.zeros_like(rewards).double()
@@ -387,7 +302,7 @@ def test_rewards_and_advantages_of_a_step(files, judge, tmp_path):
 def test_statistics_of_a2c_are_those_of_both_losses(files, judge, tmp_path):
     config = rl_config(files, judge, tmp_path / "run", algorithm="a2c")
     run = Run("ppo", config)
-    actors = actors_of(files, judge, config)
+    actors = toy.actors(files, judge, config)
     rollout = actors.collect(toy.PROMPTS[:4], 1, run.device)
     ppo.add_advantages(run, rollout, 0.1)
     for sign in (1, -1):  # a policy loss may have either sign

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_fast.train import corpus
 from rlhf_fast.train.config import STAGE_DEFAULTS, Config
+from rlhf_fast.train.experience import Actors
 from rlhf_fast.train.models import load_causal_lm, load_scalar_model, load_tokenizer
 
 PROMPTS = [f"{word} {number}\n" for number in range(6) for word in ("add", "drop", "find", "keep")]
@@ -81,6 +82,28 @@ def config(stage: str, files: dict[str, str], output: Path, **options) -> Config
         "eval_fraction": 0.2, "eval_batches": 1, "save_every": 2,
     }  # fmt: skip
     return Config(**(STAGE_DEFAULTS[stage] | usual | options)).check()
+
+
+def actors(files: dict[str, str], judge: str, config: Config) -> Actors:
+    """The four models of PPO in evaluation mode."""
+    policy, reference = load_causal_lm(files["model"]), load_causal_lm(files["model"])
+    score, value = load_scalar_model(judge), load_scalar_model(judge)
+    tokenizer = load_tokenizer(files["model"])
+    return Actors(config, tokenizer, *(m.eval() for m in (policy, reference, score, value)))
+
+
+class Capture:
+    """Stands for `Run.update`: keeps the gradients instead of taking a step."""
+
+    def __init__(self, policy, value):
+        self.policy, self.value, self.found = policy, value, {}
+
+    def __call__(self, optimizer, *modules):
+        for prefix, module in (("policy", self.policy), ("value", self.value)):
+            for name, p in module.named_parameters():
+                self.found[f"{prefix}.{name}"] = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = None
+        return 0.0
 
 
 def metrics(output: Path) -> list[dict]:
