@@ -90,6 +90,7 @@ def policy_gradient_loss(
     config: Config, policy: Any, value: Any, part: Experience, normalizer: torch.Tensor
 ) -> rlhf_fast.Loss:
     """The loss of some rows of a rollout; token sums are divided by `normalizer`."""
+    assert part.advantages is not None  # see add_advantages
     options: dict[str, Any] = {}
     if config.algorithm == "ppo":
         names = ("clip_low", "clip_high", "dual_clip", "entropy_coef")
