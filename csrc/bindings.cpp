@@ -11,6 +11,7 @@
 #include "advantages/advantages.h"
 #include "common/check.h"
 #include "common/isa.h"
+#include "decode_attention/decode_attention.h"
 #include "gae/gae.h"
 #include "kl/kl.h"
 #include "logprob/logprob.h"
@@ -475,6 +476,36 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cpu::ppo_loss(args);
   });
+
+  m.def("cpu_decode_attention",
+        [](Address query, Address keys, Address values, Address lengths, Address out, int dtype,
+           int64_t slots, int64_t key_heads, int64_t group, int64_t columns, int64_t size,
+           const std::array<int64_t, 3>& key_strides, const std::array<int64_t, 3>& value_strides,
+           int64_t window, float scale, float softcap, int threads) {
+          for (int64_t value : {slots, key_heads, group, columns, size})
+            check_positive(value, "sizes");
+          check_positive(threads, "threads");
+          DecodeAttentionArgs args;
+          args.query = required<void>(query, "query");
+          args.keys = required<void>(keys, "keys");
+          args.values = required<void>(values, "values");
+          args.lengths = required<int64_t>(lengths, "lengths");
+          args.out = required<void>(out, "out");
+          args.dtype = static_cast<Dtype>(dtype);
+          args.slots = slots;
+          args.key_heads = key_heads;
+          args.group = group;
+          args.columns = columns;
+          args.size = size;
+          std::copy(key_strides.begin(), key_strides.end(), args.key_strides);
+          std::copy(value_strides.begin(), value_strides.end(), args.value_strides);
+          args.window = window;
+          args.scale = scale;
+          args.softcap = softcap;
+          args.threads = threads;
+          py::gil_scoped_release released;
+          cpu::decode_attention(args);
+        });
 
   m.def(
       "cpu_sample",

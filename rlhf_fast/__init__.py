@@ -12,6 +12,7 @@ from rlhf_fast.kernels.advantages import (
     shaped_rewards,
     whiten,
 )
+from rlhf_fast.kernels.decode_attention import decode_attention
 from rlhf_fast.kernels.gae import GAE, discounted_returns, gae, gae_packed
 from rlhf_fast.kernels.kl import (
     KLFull,
@@ -61,6 +62,7 @@ __all__ = [
     "backends",
     "batch_invariant",
     "causal_lm_head",
+    "decode_attention",
     "discounted_returns",
     "gae",
     "gae_packed",
