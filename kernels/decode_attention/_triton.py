@@ -25,7 +25,8 @@ SPLIT = 256
 # Bytes of a block of keys: three stages of keys and values fit into 96 KiB of shared memory. From
 # this reasoning alone: not measured on a GPU.
 BLOCK_BYTES = 8192
-WARPS = 4
+# Warps for half precision, and for float32, whose products need more registers.
+WARPS, WARPS_FLOAT = 4, 8
 
 
 @triton.jit
@@ -143,6 +144,10 @@ def _shape(group: int, size: int, itemsize: int) -> dict[str, int]:
     }
 
 
+def _warps(itemsize: int) -> int:
+    return WARPS if itemsize == 2 else WARPS_FLOAT
+
+
 def _aot(dtype: str, itemsize: int, group: int, size: int, softcap: bool = False):
     half = f"*{dtype}:16"
     pointers = dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr"), half)
@@ -153,7 +158,7 @@ def _aot(dtype: str, itemsize: int, group: int, size: int, softcap: bool = False
     numbers |= dict.fromkeys(("C", "window", "key_heads", "splits"), "i32")
     numbers |= {"scale": "fp32", "softcap": "fp32"}
     constants = {"GROUP": group, "D": size, "HAS_SOFTCAP": softcap, "TENSOR_CORES": itemsize == 2}
-    return _split_kernel, pointers | numbers, constants | _shape(group, size, itemsize), WARPS
+    return _split_kernel, pointers | numbers, constants | _shape(group, size, itemsize), _warps(itemsize)
 
 
 # What tests/test_triton_aot.py compiles without a GPU: (kernel, types, constants, warps).
@@ -210,8 +215,8 @@ def decode_attention(
                 query, keys, values, lengths, top, total, sums, *keys.stride()[:3],
                 *values.stride()[:3], columns, window, key_heads, splits, scale, softcap or 0.0,
                 GROUP=heads // key_heads, D=size, HAS_SOFTCAP=softcap is not None,
-                TENSOR_CORES=query.dtype not in plain, **shape, num_warps=WARPS,
-                enable_fp_fusion=False,
+                TENSOR_CORES=query.dtype not in plain, **shape,
+                num_warps=_warps(query.itemsize), enable_fp_fusion=False,
             )  # fmt: skip
         _merge_kernel[(slots * heads,)](
             lengths, top, total, sums, out, columns, window, heads, splits, D=size,
