@@ -10,7 +10,6 @@ import transformers
 
 import rlhf_fast
 from rlhf_fast.rollout import loop
-from rlhf_fast.rollout.slots import SlotCache, Step
 from rlhf_fast.testing import assert_same_bits
 from tests.rollout_models import PROMPTS, V, assert_same_state, greedy, state_of, tiny
 
@@ -257,19 +256,6 @@ def test_what_is_no_causal_lm(model):
 
 
 # --------------------------------------------------------------------------- parts
-
-
-def test_a_refilled_slot_holds_nothing_of_its_last_owner():
-    cache = SlotCache(layers=1, slots=2, columns=6)
-    rows, columns = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])
-    new = torch.ones(1, 2, 3, 4)
-    cache.step = Step(rows, columns, lengths=[2, 1])
-    cache.update(new, new, 0)
-    cache.layers[0].keys.fill_(torch.nan)
-    cache.step = Step(rows[:2], columns[:2], lengths=[2])
-    cache.update(new[:, :, :2], new[:, :, :2], 0)
-    assert cache.layers[0].keys[0, :, :, 0].tolist() == [[1, 1, 0, 0, 0, 0]] * 2
-    assert cache.layers[0].keys[1].isnan().all()
 
 
 def test_import_is_light_and_the_name_is_the_function():

@@ -12,6 +12,7 @@ import torch
 
 from rlhf_fast import _args
 from rlhf_fast.rollout import models
+from rlhf_fast.rollout.plan import Plan, plan
 from rlhf_fast.rollout.prompts import (
     Prompts,
     as_eos_ids,
@@ -46,18 +47,76 @@ class RolloutOutput:
 
 
 class Rollout:
-    """A model ready to be sampled from; made by `rollout`, whose arguments it keeps."""
+    """A model ready to be sampled from; made by `rollout`, whose arguments it keeps.
+
+    The model is switched inside `generate` only, so that its weights may change between two calls
+    and it may be trained in the block. The memory of the KV cache is kept from call to call, its
+    contents never are: `release` gives it back, and so does the end of the block.
+    """
 
     def __init__(self, model: Any, max_slots: int, max_len: int):
         self.model, self.max_slots, self.max_len = model, max_slots, max_len
+        self._cache: Any = None  # a SlotCache, whose module imports transformers
 
     def __enter__(self) -> Rollout:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Nothing to put back: the model is switched, and keys are kept, inside `generate` only.
-        # So the weights may change between two calls, and the model be trained in the block.
-        pass
+        self.release()
+
+    def plan(
+        self, prompts: Prompts | None = None, *, n: int = 1, max_new_tokens: int | None = None
+    ) -> Plan:
+        """The bytes that `generate` will ask for, before it does.
+
+        Args:
+            prompts, n, max_new_tokens: those of the call. Without `prompts`, the most that any call
+                may take: `max_slots` slots of `max_len` tokens.
+
+        Returns:
+            `Plan`.
+
+        Raises:
+            ValueError, TypeError: as `generate` does.
+        """
+        if prompts is None:
+            return plan(self.model, self.max_slots, self.max_len, rows=0, max_new_tokens=0)
+        if max_new_tokens is None:
+            raise TypeError("max_new_tokens: expected an int beside prompts, got None")
+        given, max_new_tokens = self._given(prompts, max_new_tokens)
+        rows = len(given) * integer("n", n, 1)
+        columns = max(map(len, given), default=0) + max_new_tokens
+        slots = min(self.max_slots, rows)
+        return plan(self.model, slots, columns, rows=rows, max_new_tokens=max_new_tokens)
+
+    def release(self) -> int:
+        """Give the memory of the KV cache back, to PyTorch's allocator; the next call allocates it
+        anew.
+
+        Returns:
+            How many bytes that were: 0 where nothing was held.
+        """
+        held = 0 if self._cache is None else self._cache.bytes
+        self._cache = None
+        return held
+
+    def _given(self, prompts: Prompts, max_new_tokens: int) -> tuple[list[torch.Tensor], int]:
+        """`prompts` and `max_new_tokens`, checked."""
+        embedding = self.model.get_input_embeddings().weight
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+        given = as_prompts(prompts, embedding.shape[0], embedding.device)
+        self._check_lengths(given, max_new_tokens)
+        return given, max_new_tokens
+
+    def _slots(self, slots: int, columns: int) -> Any:
+        """The cache of the last call where it has room for this one, or a new one."""
+        from rlhf_fast.rollout.slots import SlotCache
+
+        held = self._cache
+        if held is None or not held.serves(self.model, slots, columns):
+            self._cache = None  # the old one goes before the new one comes
+            self._cache = SlotCache(self.model, slots, columns)
+        return self._cache
 
     def generate(
         self,
@@ -115,11 +174,9 @@ class Rollout:
         sampling = _sampling(temperature, top_k, top_p, min_p)
         _args.choice("logprobs", logprobs, ("sampled", "rescore"))
         n, seed = integer("n", n, 1), as_seed(seed)
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         eos = torch.tensor(as_eos_ids(eos_ids, vocabulary), dtype=torch.int64, device=device)
-        given = as_prompts(prompts, vocabulary, device)
-        self._check_lengths(given, max_new_tokens)
+        given, max_new_tokens = self._given(prompts, max_new_tokens)
         seeds = [row_seed(seed, p, j) for p in range(len(given)) for j in range(n)]
         with models.evaluation(self.model):
             out = self._run(given, n, seeds, eos, max_new_tokens, sampling, logprobs, progress)
@@ -157,20 +214,22 @@ class Rollout:
         from rlhf_fast.rollout.slots import ATTENTION
 
         prompt_ids, prompt_mask = (x.repeat_interleave(n, 0) for x in pad_left(prompts, eos.device))
+        columns = max(map(len, prompts), default=0) + max_new_tokens
+        cache = self._slots(min(self.max_slots, len(seeds)), columns)
         with models.attention(self.model, ATTENTION), _bar(len(seeds), progress) as advance:
             loop = Loop(
                 self.model, prompts, torch.tensor(seeds, dtype=torch.int64, device=eos.device), eos,
-                n=n, slots=self.max_slots, max_new_tokens=max_new_tokens, sampling=sampling,
-                on_finish=advance,
+                cache, n=n, max_new_tokens=max_new_tokens, sampling=sampling, on_finish=advance,
             )  # fmt: skip
             loop.run()
-        longest = max(loop.lengths.tolist(), default=0)
-        ids = loop.ids[:, :longest].clone()
-        logprob, log_mass, entropy = (
-            x[:, :longest].clone() for x in (loop.logprob, loop.log_mass, loop.entropy)
+        # Behind the rows there is a spare one.
+        lengths = loop.lengths[:-1].clone()
+        longest = max(lengths.tolist(), default=0)
+        ids, logprob, log_mass, entropy = (
+            x[:-1, :longest].clone() for x in (loop.ids, loop.logprob, loop.log_mass, loop.entropy)
         )
-        mask = torch.arange(longest, device=eos.device) < loop.lengths[:, None]
-        last = ids.gather(1, (loop.lengths - 1)[:, None]) if prompts else ids
+        mask = torch.arange(longest, device=eos.device) < lengths[:, None]
+        last = ids.gather(1, (lengths - 1)[:, None]) if prompts else ids
         ended = torch.isin(last, eos).flatten().tolist()
         finish = ["eos" if e else "length" for e in ended]
         # A greedy draw has log-prob 0 whatever the forward says.
@@ -179,7 +238,7 @@ class Rollout:
                 self.model, prompt_ids, prompt_mask, ids, mask, log_mass, sampling
             )
         return RolloutOutput(
-            ids, mask, loop.lengths, logprob, log_mass, entropy, finish, prompt_ids, prompt_mask,
+            ids, mask, lengths, logprob, log_mass, entropy, finish, prompt_ids, prompt_mask,
             seconds=0.0, tokens_per_second=0.0,
         )  # fmt: skip
 
@@ -217,8 +276,9 @@ def rollout(model: Any, *, max_slots: int = 64, max_len: int = 2048) -> Rollout:
             unwrapped. Its weights are read at each `generate` and never copied.
         max_slots: responses computed at the same time.
         max_len: tokens of a prompt and its response together. Keys and values take
-            `slots * (longest prompt + max_new_tokens)` tokens of memory during a call, at most
-            `max_slots * max_len`.
+            `slots * (longest prompt + max_new_tokens)` tokens of memory, at most
+            `max_slots * max_len`, from the first call until `Rollout.release` or the end of the
+            block; `Rollout.plan` says how many bytes that is.
 
     Raises:
         TypeError: `model` is no transformers causal LM.
