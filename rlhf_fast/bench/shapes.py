@@ -36,6 +36,11 @@ DECODE = ({"B": 16, "V": GPT2}, {"B": 64, "V": GPT2})
 DECODE_GPU = ({"B": 64, "V": QWEN2}, {"B": 256, "V": QWEN2})
 DECODE_QUICK = {"B": 4, "V": 1000}
 
+# Slots, query heads, key heads, room for tokens, head size: Llama-3-8B.
+ATTENTION = {"B": 16, "Hq": 32, "Hk": 8, "C": 1024, "D": 128}
+ATTENTION_GPU = {"B": 64, "Hq": 32, "Hk": 8, "C": 2048, "D": 128}
+ATTENTION_QUICK = {"B": 3, "Hq": 4, "Hk": 2, "C": 40, "D": 16}
+
 # Prompts and their completions: InstructGPT ranks up to 9, GRPO groups have 8.
 RANKING = {"P": 64, "K": 9}
 GROUPS = {"P": 512, "K": 8}

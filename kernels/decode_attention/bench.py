@@ -1,0 +1,60 @@
+"""Benchmark cases of decode attention: a step of many slots with lengths of their own."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import rlhf_fast
+from rlhf_fast.bench import inputs, shapes
+from rlhf_fast.bench.case import Case
+from rlhf_fast.testing import generator
+
+
+def _lengths(B, C):
+    """From half of the columns to all of them."""
+    return torch.randint(C // 2, C + 1, (B,), generator=generator(9))
+
+
+def _make(dtype, B, Hq, Hk, C, D):
+    return {
+        "query": inputs.normal(B, Hq, D).to(dtype),
+        "keys": inputs.normal(B, Hk, C, D, seed=1).to(dtype),
+        "values": inputs.normal(B, Hk, C, D, seed=2).to(dtype),
+        "lengths": _lengths(B, C),
+    }
+
+
+def _eager(query, keys, values, lengths):
+    """PyTorch's attention over the padded cache, under a mask."""
+    seen = torch.arange(keys.shape[2], device=keys.device) < lengths[:, None, None, None]
+    out = scaled_dot_product_attention(
+        query.unflatten(1, (keys.shape[1], -1)), keys, values, seen
+    )
+    return (out.flatten(1, 2),)
+
+
+def _decode(sizes, dtype=torch.float32, **options) -> Case:
+    width = torch.finfo(dtype).bits // 8
+    B, heads, key_heads, columns, size = sizes.values()
+    tokens = int(_lengths(B, columns).sum())
+    return Case(
+        op="decode_attention",
+        sizes=sizes,
+        make=_make,
+        ours=lambda query, keys, values, lengths: (
+            rlhf_fast.decode_attention(query, keys, values, lengths),
+        ),
+        eager=_eager,
+        dtype=dtype,
+        bytes=width * size * (2 * tokens * key_heads + 2 * B * heads),
+        flops=4 * tokens * heads * size,
+        **options,
+    )
+
+
+CASES = [
+    _decode(shapes.ATTENTION, devices=("cpu",)),
+    _decode(shapes.ATTENTION, torch.bfloat16, devices=("cpu",)),
+    _decode(shapes.ATTENTION_GPU, torch.bfloat16, devices=("cuda",)),
+    _decode(shapes.ATTENTION_QUICK, quick=True),
+    _decode(shapes.ATTENTION_QUICK, torch.bfloat16, quick=True),
+]
