@@ -227,6 +227,8 @@ def test_the_score_rises(files, judge, tmp_path, algorithm):
     assert lines[0]["step"] == 0 and "eval_gold" in lines[0]
     first = lines[1]
     assert first["kl"] == pytest.approx(0.0, abs=1e-4) and first["sampler_gap"] < 2e-5
+    assert first["sampler_gap"] <= first["sampler_max"] < 1e-4 and abs(first["sampler_k3"]) < 1e-9
+    assert first["sampler_ess"] == pytest.approx(1.0, abs=1e-6)
     text = (tmp_path / "run" / "samples.jsonl").read_text()
     samples = [json.loads(line) for line in text.splitlines()]
     assert {line["step"] for line in samples} == {0, 12}

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import rlhf_fast
-from rlhf_fast.train import batches
+from rlhf_fast.train import batches, mismatch
 from rlhf_fast.train.batches import Batch
 from rlhf_fast.train.config import Config, parse
 from rlhf_fast.train.data import load
@@ -301,14 +301,16 @@ def describe(
     }
     if gold is not None:
         per_response["gold"] = gold
-    tokens = rollout.mask.sum().double()
-    gap = (rollout.sampled_logprob - rollout.logprob).abs().sum()
+    compared = rollout.sampled_logprob, rollout.logprob, rollout.mask
+    meter = mismatch.sums(*compared)
     sums = [x.double().sum() for x in per_response.values()]
-    sums += [rollout.entropy.double().sum(), gap.double(), tokens, tokens.new_tensor(len(rollout))]
-    *values, entropy, gap, tokens, count = run.sum(torch.stack(sums)).tolist()
+    sums += [rollout.entropy.double().sum(), meter.new_tensor(len(rollout)), *meter]
+    found = run.sum(torch.stack(sums)).tolist()
+    values, (entropy, count, *meter) = found[: len(per_response)], found[len(per_response) :]
+    tokens = meter[-1]
     metrics = {name: x / count for name, x in zip(per_response, values, strict=True)}
-    metrics |= {"entropy": entropy / max(tokens, 1), "sampler_gap": gap / max(tokens, 1)}
-    return metrics | {"tokens": tokens, "sequences": count}
+    metrics |= mismatch.metrics(meter, run.max(mismatch.largest(*compared)))
+    return metrics | {"entropy": entropy / max(tokens, 1), "tokens": tokens, "sequences": count}
 
 
 def evaluate(run: Run, actors: Actors, prompts: list[str], step: int) -> dict[str, float]:

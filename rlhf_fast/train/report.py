@@ -42,7 +42,8 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Throughput", "tokens per second", ("tokens_per_second",)),
     ("Throughput", "completions per second", ("completions_per_second",)),
     ("Time of a step", "seconds", ("seconds_sampling", "seconds_learning")),
-    ("Sampler against trainer", "|difference| (nats per token)", ("sampler_gap",)),
+    ("Sampler against trainer", "nats per token", ("sampler_gap", "sampler_max", "sampler_k3")),
+    ("Sampler against trainer", "effective share of the tokens", ("sampler_ess",)),
 )
 LOWER_IS_BETTER = {"loss", "ptx_loss", "value_loss"}
 HIGHER_IS_BETTER = {

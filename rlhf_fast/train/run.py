@@ -153,6 +153,10 @@ class Run:
         """The sum of `values` over all ranks."""
         return self.accelerator.reduce(values, reduction="sum")
 
+    def max(self, values: torch.Tensor) -> float:
+        """The largest of `values`, which has an axis, over all ranks."""
+        return self.accelerator.gather(values).max().item()
+
     # --------------------------------------------------------------------------------- checkpoints
 
     def complete_checkpoints(self) -> list[tuple[int, Path]]:
