@@ -1,7 +1,8 @@
-// Rewards, advantages and whitening on CUDA: one block per row, chunks of tokens from its end.
+// Rewards, advantages and whitening on CUDA: one block per row, or a cluster where a row is long,
+// chunks of tokens from its end.
 //
-// A row's rewards, its scans (gae/scan.cuh) and its moments are made while a chunk is in shared
-// memory. Whitening needs the moments of all rows and blocks of one launch cannot wait for each
+// A row's rewards, its scans (gae/scan.cuh) and its moments are made while a chunk is in registers.
+// Whitening needs the moments of all rows and blocks of one launch cannot wait for each
 // other: the second launch merges all parts in every block, in the same order.
 #define RLHF_ISA cuda
 #include "advantages/advantages.h"
@@ -115,71 +116,84 @@ __global__ void __launch_bounds__(kThreads) whiten_kernel(WhitenArgs args) {
 
 // ------------------------------------------------------------------- rewards and advantages
 
-// The column of the last token that counts in the chunk [first, first + size) of a row, or -1.
-RLHF_HD int64_t last_live(const uint8_t* mask, int64_t first, int size, float* shared) {
-  float last = -1.0f;  // exact: a chunk is short
-  for (int k = threadIdx.x; k < size; k += blockDim.x)
-    if (mask[first + k]) last = static_cast<float>(k);
-  last = block_max(last, shared);
-  return last < 0.0f ? -1 : first + static_cast<int64_t>(last);
+// The column of the last token that counts, or -1.
+RLHF_HD int64_t last_live(const uint8_t* mask, int64_t length, float* shared) {
+  constexpr int64_t kWindow = 2048;
+  for (int64_t end = length; end > 0; end -= kWindow) {
+    const int64_t first = ::max(end - kWindow, int64_t{0});
+    float last = -1.0f;  // exact: a window is short
+    for (int k = threadIdx.x; k < end - first; k += blockDim.x)
+      if (mask[first + k]) last = static_cast<float>(k);
+    last = block_max(last, shared);
+    if (last >= 0.0f) return first + static_cast<int64_t>(last);
+  }
+  return -1;
 }
 
-template <int THREADS, bool ADVANTAGES>
-__global__ void __launch_bounds__(THREADS) advantages_kernel(AdvantagesArgs args) {
-  constexpr int kChunk = Chunk<THREADS>::kTokens;
-  __shared__ Chunk<THREADS> chunk;
-  __shared__ float shared[32];
-  const int64_t row = blockIdx.x, begin = row * args.length;
-  const uint8_t* const mask = args.mask ? args.mask + begin : nullptr;
-  const float score = args.scores[row];
-  int64_t column = args.at ? args.at[row] : mask ? -1 : args.length - 1;  // of the score
-  Behind behind = {0.0f, 0.0f, 0.0f};
-  Moments moments = {};
-
-  for (int64_t step = (args.length + kChunk - 1) / kChunk - 1; step >= 0; --step) {
-    const int64_t first = step * kChunk;
-    const int inside = static_cast<int>(::min(int64_t{kChunk}, args.length - first));
-    if (!args.at && column < 0) column = last_live(mask, first, inside, shared);
-    for (int k = threadIdx.x; k < kChunk; k += THREADS) {
-      const bool in = k < inside, live = in && (!mask || mask[first + k]);
-      const int64_t i = begin + first + k;
-      float kl = 0.0f, reward = 0.0f;
-      if (live) {
-        const float d = difference(args.logprob[i], args.ref_logprob[i]);
-        kl = kl_estimate(clamp(d, -args.clamp_in, args.clamp_in),
-                         static_cast<KlEstimator>(args.estimator))
-                 .value;
-        kl = clamp(kl, -args.clamp_out, args.clamp_out);
-        // A coefficient of 0 ignores an infinite penalty.
-        reward = args.kl_coef == 0.0f ? 0.0f : kl * -args.kl_coef;
-        if (first + k == column) reward += score;
-      }
-      if (in) args.kl[i] = kl, args.rewards[i] = reward;
-      if constexpr (ADVANTAGES) {
-        chunk.rewards[place(k)] = reward;
-        chunk.values[place(k)] = live ? args.values[i] : 0.0f;
-        chunk.flags[place(k)] = (live ? kLive : 0) | (in && (live || !args.carry) ? kWalked : 0);
-      }
-    }
-    if constexpr (ADVANTAGES) {
-      walk(chunk, behind, args.gamma, args.decay, args.decay, false);
-      float x[kItems];
-      uint32_t live = 0;
+// KL and rewards of a thread's tokens, of which the one of number `last` gets *score, if it counts.
+RLHF_HD void reward_tokens(const AdvantagesArgs& args, const Span& span, uint32_t live,
+                           int64_t last, const float* score, float (&reward)[kItems]) {
+  float kl[kItems], ref[kItems];
+  load_items(args.logprob, span, live, kl);
+  load_items(args.ref_logprob, span, live, ref);
 #pragma unroll
-      for (int n = 0; n < kItems; ++n) {
-        const int k = n * THREADS + threadIdx.x;
-        x[n] = chunk.rewards[place(k)];
-        live |= static_cast<uint32_t>((chunk.flags[place(k)] & kLive) != 0) << n;
-        if (k < inside) {
-          args.advantages[begin + first + k] = x[n];
-          args.returns[begin + first + k] = chunk.values[place(k)];
-        }
+  for (int i = 0; i < kItems; ++i) {
+    const float d = clamp(difference(kl[i], ref[i]), -args.clamp_in, args.clamp_in);
+    kl[i] = clamp(kl_estimate(d, static_cast<KlEstimator>(args.estimator)).value, -args.clamp_out,
+                  args.clamp_out);
+    kl[i] = live >> i & 1u ? kl[i] : 0.0f;
+    // A coefficient of 0 ignores an infinite penalty.
+    reward[i] = args.kl_coef == 0.0f ? 0.0f : kl[i] * -args.kl_coef;
+    reward[i] = live >> i & 1u ? reward[i] : 0.0f;
+    if (i == last && live >> i & 1u) reward[i] += *score;
+  }
+  store_items(args.kl, span, kl);
+  store_items(args.rewards, span, reward);
+}
+
+template <int THREADS, bool SPLIT, bool ADVANTAGES>
+__global__ void __launch_bounds__(THREADS, 1024 / THREADS) advantages_kernel(AdvantagesArgs args) {
+  constexpr int kBlocks = SPLIT ? kSplit : 1, kChunk = THREADS * kItems;
+  __shared__ Scratch<THREADS> scratch;
+  __shared__ float shared[32];
+  __shared__ Moments moments;  // of the block, thread 0's
+  __shared__ int64_t column;   // of the score; no register to spare
+  const int64_t row = blockIdx.x / kBlocks, begin = row * args.length;
+  const int rank = blockIdx.x % kBlocks;
+  const bool aligned = args.length % kItems == 0 && aligned_to(kItems, args.mask) &&
+                       aligned_to(16, args.logprob, args.ref_logprob, args.values, args.rewards,
+                                  args.kl, args.advantages, args.returns);
+  int64_t last = args.length - 1;
+  if (!args.at && args.mask) last = last_live(args.mask + begin, args.length, shared);
+  if (threadIdx.x == 0) column = args.at ? args.at[row] : last, moments = {};
+  Behind behind = {0.0f, 0.0f, 0.0f};
+  if constexpr (SPLIT && ADVANTAGES)
+    cluster_sync();  // all blocks have started
+  else
+    __syncthreads();
+
+  const auto steps = static_cast<int>((args.length + kBlocks * kChunk - 1) / (kBlocks * kChunk));
+  for (int step = steps - 1; step >= 0; --step) {
+    const int64_t before = (int64_t{step} * kBlocks + rank) * kChunk;
+    const Span span = span_of(scratch, begin, args.length, before, aligned);
+    Tokens tokens;
+    tokens.live = args.mask ? load_bits(args.mask, span) : inside_bits(span);
+    reward_tokens(args, span, tokens.live, begin + column - span.first - threadIdx.x % 32 * kItems,
+                  args.scores + row, tokens.reward);
+    if constexpr (ADVANTAGES) {
+      tokens.walked = args.carry ? tokens.live : inside_bits(span);
+      tokens.done = 0u;
+      load_items(args.values, span, tokens.live, tokens.value);
+      walk<THREADS, SPLIT>(tokens, scratch, behind, args.gamma, args.decay, args.decay, false);
+      store_items(args.advantages, span, tokens.reward);
+      store_items(args.returns, span, tokens.value);
+      if (args.whitened) {
+        const Moments chunk = block_moments(tokens.reward, tokens.live, shared);
+        if (threadIdx.x == 0) moments = merged(moments, chunk);
       }
-      if (args.whitened) moments = merged(moments, block_moments(x, live, shared));
-      __syncthreads();  // before the next chunk is staged
     }
   }
-  if (ADVANTAGES && args.whitened && threadIdx.x == 0) args.parts[row] = moments;
+  if (ADVANTAGES && args.whitened && threadIdx.x == 0) args.parts[blockIdx.x] = moments;
 }
 
 // ------------------------------------------------------------------- groups
@@ -251,6 +265,30 @@ std::string size_of(const char* op, int64_t rows, int64_t length) {
   return std::string(op) + ": rows " + std::to_string(rows) + ", length " + std::to_string(length);
 }
 
+template <int THREADS, bool ADVANTAGES>
+void launch_blocks(const AdvantagesArgs& args, unsigned rows, cudaStream_t stream) {
+  advantages_kernel<THREADS, false, ADVANTAGES><<<rows, THREADS, 0, stream>>>(args);
+}
+
+// By the length of a row alone; returns the number of blocks of each.
+template <bool ADVANTAGES>
+int launch_rows(const AdvantagesArgs& args, int device, cudaStream_t stream,
+                const std::string& what) {
+  const auto split = advantages_kernel<kSplitThreads, true, ADVANTAGES>;
+  if (args.length > kSplitFrom && can_cluster(split, device)) {
+    launch_clusters(split, grid_of(args.rows * kSplit, what), kSplit, kSplitThreads, stream, args,
+                    what);
+    return kSplit;
+  }
+  const auto launch = args.length <= 32 * kItems    ? launch_blocks<32, ADVANTAGES>
+                      : args.length <= 64 * kItems  ? launch_blocks<64, ADVANTAGES>
+                      : args.length <= 128 * kItems ? launch_blocks<128, ADVANTAGES>
+                                                    : launch_blocks<256, ADVANTAGES>;
+  launch(args, grid_of(args.rows, what), stream);
+  check_launch(what);
+  return 1;
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------- host
@@ -273,23 +311,15 @@ void whiten(const WhitenArgs& args, int device, void* stream) {
 void advantages(const AdvantagesArgs& args, int device, void* stream) {
   const std::string what = size_of("advantages", args.rows, args.length);
   const auto queue = static_cast<cudaStream_t>(stream);
-  const unsigned grid = grid_of(args.rows, what);
   DeviceGuard guard(device);
-  // By the length of a row alone.
-  const bool is_short = args.length <= 64 * kItems;
-  if (!args.values)
-    advantages_kernel<256, false><<<grid, 256, 0, queue>>>(args);
-  else if (is_short)
-    advantages_kernel<64, true><<<grid, 64, 0, queue>>>(args);
-  else
-    advantages_kernel<256, true><<<grid, 256, 0, queue>>>(args);
-  check_launch(what);
+  const int blocks = args.values ? launch_rows<true>(args, device, queue, what)
+                                 : launch_rows<false>(args, device, queue, what);
   if (!args.values || !args.whitened) return;
   WhitenArgs all = {};
   all.x = all.out = args.advantages;
   all.mask = args.mask;
   all.moments = args.parts;
-  all.parts = args.rows;
+  all.parts = args.rows * blocks;
   all.size = args.rows * args.length;
   all.shift_mean = true;
   all.unbiased = args.unbiased;

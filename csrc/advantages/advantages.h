@@ -27,7 +27,7 @@ struct AdvantagesArgs {
   float gamma, decay;         // decay = gamma lambda
   bool carry, whitened, unbiased;
   double eps;
-  Moments* parts;  // [rows], where whitened; CUDA
+  Moments* parts;  // [rows], or [8 rows] beyond 16384 tokens, where whitened; CUDA
   int threads;     // CPU
 };
 

@@ -1,4 +1,5 @@
-// GAE on CUDA: one block per row, chunks of tokens from the row's end (scan.cuh).
+// GAE on CUDA: one block per row, or a cluster where a row is long, chunks of tokens from the row's
+// end (scan.cuh).
 #define RLHF_ISA cuda
 #include "gae/gae.h"
 #include "gae/scan.cuh"
@@ -6,40 +7,45 @@
 namespace rlhf::cuda {
 namespace {
 
-template <int THREADS>
-__global__ void __launch_bounds__(THREADS) gae_kernel(GaeArgs args) {
-  constexpr int kChunk = Chunk<THREADS>::kTokens;
-  __shared__ Chunk<THREADS> chunk;
-  const int64_t row = blockIdx.x;
+template <int THREADS, bool SPLIT>
+__global__ void __launch_bounds__(THREADS, 1024 / THREADS) gae_kernel(GaeArgs args) {
+  constexpr int kBlocks = SPLIT ? kSplit : 1, kChunk = THREADS * kItems;
+  __shared__ Scratch<THREADS> scratch;
+  const int64_t row = blockIdx.x / kBlocks;
+  const int rank = blockIdx.x % kBlocks;
   int64_t begin = row * args.length, length = args.length;
   if (args.offsets) {  // offsets are not checked on the device; none may reach foreign memory
     const int64_t end = ::min(::max(args.offsets[row + 1], int64_t{0}), args.length);
     begin = ::min(::max(args.offsets[row], int64_t{0}), args.length);
     length = end - begin;
   }
+  const bool aligned = !args.offsets && length % kItems == 0 &&
+                       aligned_to(16, args.rewards, args.values, args.advantages, args.returns) &&
+                       aligned_to(kItems, args.mask, args.dones);
   Behind behind = {args.bootstrap ? args.bootstrap[row] : args.bootstrap_value, 0.0f, 0.0f};
   const bool two_lambdas = args.returns && args.decay != args.decay_returns;
+  if constexpr (SPLIT) cluster_sync();  // all blocks have started
 
-  for (int64_t step = (length + kChunk - 1) / kChunk - 1; step >= 0; --step) {
-    const int64_t first = begin + step * kChunk;  // may be added to any pointer
-    const int64_t inside = length - step * kChunk;
-    // Neighbouring threads read neighbouring tokens.
-    for (int k = threadIdx.x; k < kChunk; k += THREADS) {
-      const bool in = k < inside;
-      const bool live = in && (!args.mask || args.mask[first + k]);
-      chunk.rewards[place(k)] = live ? args.rewards[first + k] : 0.0f;
-      chunk.values[place(k)] = live && args.values ? args.values[first + k] : 0.0f;
-      const bool done = live && args.dones && args.dones[first + k];
-      const bool walked = in && (live || !args.carry);
-      chunk.flags[place(k)] = (live ? kLive : 0) | (walked ? kWalked : 0) | (done ? kDone : 0);
-    }
-    walk(chunk, behind, args.gamma, args.decay, args.decay_returns, two_lambdas);
-    for (int k = threadIdx.x; k < kChunk && k < inside; k += THREADS) {
-      args.advantages[first + k] = chunk.rewards[place(k)];
-      if (args.returns) args.returns[first + k] = chunk.values[place(k)];
-    }
-    __syncthreads();  // before the next chunk is staged
+  const auto steps = static_cast<int>((length + kBlocks * kChunk - 1) / (kBlocks * kChunk));
+  for (int step = steps - 1; step >= 0; --step) {
+    const Span span =
+        span_of(scratch, begin, length, (int64_t{step} * kBlocks + rank) * kChunk, aligned);
+    Tokens tokens;
+    tokens.live = args.mask ? load_bits(args.mask, span) : inside_bits(span);
+    tokens.walked = args.carry ? tokens.live : inside_bits(span);
+    tokens.done = args.dones ? load_bits(args.dones, span) & tokens.live : 0u;
+    load_items(args.rewards, span, tokens.live, tokens.reward);
+    load_items(args.values, span, args.values ? tokens.live : 0u, tokens.value);
+    walk<THREADS, SPLIT>(tokens, scratch, behind, args.gamma, args.decay, args.decay_returns,
+                         two_lambdas);
+    store_items(args.advantages, span, tokens.reward);
+    if (args.returns) store_items(args.returns, span, tokens.value);
   }
+}
+
+template <int THREADS>
+void launch_blocks(const GaeArgs& args, unsigned rows, cudaStream_t stream) {
+  gae_kernel<THREADS, false><<<rows, THREADS, 0, stream>>>(args);
 }
 
 }  // namespace
@@ -48,13 +54,21 @@ void gae(const GaeArgs& args, int device, void* stream) {
   const std::string what =
       "gae: rows " + std::to_string(args.rows) + ", length " + std::to_string(args.length);
   DeviceGuard guard(device);
-  const unsigned grid = grid_of(args.rows, what);
+  const unsigned rows = grid_of(args.rows, what);
   const auto queue = static_cast<cudaStream_t>(stream);
-  // By the length of a row alone. That of a packed row is on the device: one shape for all.
-  if (!args.offsets && args.length <= 64 * kItems)
-    gae_kernel<64><<<grid, 64, 0, queue>>>(args);
-  else
-    gae_kernel<256><<<grid, 256, 0, queue>>>(args);
+  // The length of a packed row is on the device: one shape for all.
+  if (args.offsets) {
+    launch_blocks<256>(args, rows, queue);
+  } else if (args.length > kSplitFrom && can_cluster(gae_kernel<kSplitThreads, true>, device)) {
+    launch_clusters(gae_kernel<kSplitThreads, true>, grid_of(args.rows * kSplit, what), kSplit,
+                    kSplitThreads, queue, args, what);
+  } else {
+    const auto launch = args.length <= 32 * kItems    ? launch_blocks<32>
+                        : args.length <= 64 * kItems  ? launch_blocks<64>
+                        : args.length <= 128 * kItems ? launch_blocks<128>
+                                                      : launch_blocks<256>;
+    launch(args, rows, queue);
+  }
   check_launch(what);
 }
 

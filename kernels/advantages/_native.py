@@ -15,6 +15,8 @@ from .reference import merge_moments, moments_of_group
 GROUP_KINDS = {"grpo": 0, "dr_grpo": 1, "rloo": 2}
 # On CUDA a block has the moments of every so many-th 2048 numbers; each block reads all parts.
 _PART, _MOST_PARTS = 2048, 512
+# Beyond so many tokens a row may be split over 8 blocks (csrc/gae/scan.cuh), each with its moments.
+_SPLIT_FROM, _SPLIT = 16384, 8
 
 
 def _bound(clamp: float | None) -> float:
@@ -26,7 +28,9 @@ def _launch(scores, logprob, ref_logprob, values, mask, at, penalty, options, ou
     if logprob.numel():
         parts = None
         if logprob.is_cuda and options[3]:  # whitened
-            parts = logprob.new_empty((logprob.shape[0], 3), dtype=torch.float64)
+            rows, length = logprob.shape
+            blocks = rows * (_SPLIT if length > _SPLIT_FROM else 1)
+            parts = logprob.new_empty((blocks, 3), dtype=torch.float64)
         tensors = (scores, logprob, ref_logprob, values, mask, at, *outputs, parts)
         kernel("advantages", logprob)(
             [*map(address, tensors)],
