@@ -289,16 +289,37 @@ def test_a_changed_gradient_changes_no_later_one(backend):
     assert_same_bits("two losses", x["logprob"].grad, 2 * first)
 
 
-@pytest.mark.parametrize("upstream", [-2.5, 0.0, math.inf, math.nan])
+@pytest.mark.parametrize("upstream", [-2.5, 0.0, 1.0, math.inf, math.nan])
 @pytest.mark.parametrize("shape", [(3, 700), (0, 5)])
 def test_scaling_of_unit_gradients_has_the_same_bits(backend, shape, upstream):
     device = torch.device(device_of(backend))
     unit = randn(*shape, seed=3).to(device)
     unit[:, ::3] = 0.0
     grad = torch.tensor(upstream, device=device)
-    ours = _dispatch.choose("scale_unit_gradient", device.type, unit.dtype, backend)(grad, unit)
+    scale = _dispatch.choose("scale_unit_gradient", device.type, unit.dtype, backend)
     plain = reference.scale_unit_gradient(grad, unit)
-    assert_same_bits("gradient", ours + 0.0, plain + 0.0)  # a zero may have either sign
+    before = unit.clone()
+    assert_same_bits("gradient", scale(grad, unit) + 0.0, plain + 0.0)  # a zero has either sign
+    assert_same_bits("unit gradient", unit, before)
+    assert_same_bits("owned", scale(grad, unit, True) + 0.0, plain + 0.0)
+
+
+def test_a_unit_gradient_is_overwritten_by_the_last_backward_pass_alone(backend):
+    """A GPU scales it in place, but never one that another pass or a caller may still read."""
+    x = on(backend, batch(), "logprob")
+    two = torch.tensor(2.0, device=device_of(backend))
+    loss = rlhf_fast.policy_loss(**x).loss
+    (first,) = torch.autograd.grad(loss, x["logprob"], two, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x["logprob"], two / 2, retain_graph=True)
+    (third,) = torch.autograd.grad(loss, x["logprob"], two)
+    assert_same_bits("scaled", first, 2 * second)
+    assert_same_bits("again", third, first)
+    arguments = (x["logprob"], x["old_logprob"], x["advantages"], x["mask"].bool())
+    options = (None, None, None, "ppo", 0.2, None, None, "token-mean", backend)
+    loss, _, unit, _ = torch.ops.rlhf_fast.policy_loss(*arguments, *options)
+    before = unit.clone()
+    torch.autograd.grad(loss, x["logprob"], two)
+    assert_same_bits("a caller's", unit, before)
 
 
 def test_gradcheck_of_the_reference():

@@ -55,7 +55,7 @@ struct PpoLossArgs {
 };
 
 namespace cuda {
-// `workspace`: 96 bytes for each of 1024 blocks, then 12 for each part of 4096 tokens of a row.
+// `workspace`: 96 bytes for each of 1024 blocks, then 16 for each part of 4096 tokens of a row.
 void ppo_loss(const PpoLossArgs& args, void* workspace, int device, void* stream);
 // out = grad * unit, where grad is one number; `out` may be `unit`.
 void scale_unit_gradient(const float* grad, const float* unit, float* out, int64_t size, int device,

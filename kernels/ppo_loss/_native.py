@@ -16,7 +16,7 @@ __all__ = ["policy_loss", "ppo_loss", "scale_unit_gradient", "value_loss"]
 
 
 def _workspace(like: torch.Tensor) -> torch.Tensor:
-    """96 bytes for each of 1024 blocks, then 12 (rounded up) for each part of 4096 tokens of a row."""
+    """96 bytes for each of 1024 blocks, then 16 for each part of 4096 tokens of a row."""
     rows, length = like.shape
     return like.new_empty(12 * 1024 + 2 * rows * -(-length // 4096), dtype=torch.float64)
 
@@ -44,12 +44,14 @@ def _launch(tokens, grads, normalizer, divisor, kind, estimator, reduction, clip
 policy_loss, value_loss, ppo_loss = (partial(loss, _launch) for loss in LOSSES)
 
 
-def scale_unit_gradient(grad: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """grad * unit, where grad is a scalar on the device."""
+def scale_unit_gradient(
+    grad: torch.Tensor, unit: torch.Tensor, owned: bool = False
+) -> torch.Tensor:
+    """grad * unit, where grad is a scalar on the device; in place of `unit` if it is `owned`."""
     if not unit.is_cuda or unit.numel() == 0 or {grad.dtype, unit.dtype} != {torch.float32}:
         return reference.scale_unit_gradient(grad, unit)
     unit = unit.contiguous()
-    out = torch.empty_like(unit)
+    out = unit if owned else torch.empty_like(unit)
     kernel("scale_unit_gradient", unit)(
         *map(address, (grad, unit, out)), unit.numel(), *place(unit)
     )

@@ -242,23 +242,29 @@ def _launch(tokens, grads, normalizer, divisor, kind, estimator, reduction, clip
 
 
 @triton.jit(do_not_specialize=["size"])
-def scale_kernel(grad_ptr, unit_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def scale_kernel(
+    grad_ptr, unit_ptr, out_ptr, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """grad * unit; 0 stays 0 where grad overflowed: a masked token gets nothing, not 0 * inf."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.load(grad_ptr).to(tl.float32)
+    if IN_PLACE:  # a product with 1 is there already: nothing is read or written
+        size = tl.where(grad == 1.0, 0, size)
     inside = i < size
     unit = tl.load(unit_ptr + i, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr).to(tl.float32)
     tl.store(out_ptr + i, tl.where(unit == 0.0, 0.0, unit * grad), mask=inside)
 
 
-def scale_unit_gradient(grad: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """grad * unit, where grad is a scalar on the device."""
+def scale_unit_gradient(
+    grad: torch.Tensor, unit: torch.Tensor, owned: bool = False
+) -> torch.Tensor:
+    """grad * unit, where grad is a scalar on the device; in place of `unit` if it is `owned`."""
     unit = unit.contiguous()
-    out = torch.empty_like(unit)
+    out = unit if owned else torch.empty_like(unit)
     if size := unit.numel():
         with on_device_of(unit):
             scale_kernel[(triton.cdiv(size, SCALE_BLOCK),)](
-                grad, unit, out, size, SCALE_BLOCK, num_warps=4, enable_fp_fusion=False
+                grad, unit, out, size, owned, SCALE_BLOCK, num_warps=4, enable_fp_fusion=False
             )
     return out
 
@@ -314,7 +320,7 @@ AOT_SIGNATURES = [
     (
         scale_kernel,
         {"grad_ptr": "*fp32:16", "unit_ptr": "*fp32:16", "out_ptr": "*fp32:16", "size": "i32"},
-        {"BLOCK": SCALE_BLOCK},
+        {"IN_PLACE": True, "BLOCK": SCALE_BLOCK},
         4,
     ),
     _aot(finish_kernel, FINISH[2], REDUCTION=0, LOG2_LANES=FINISH[0], LOG2_ROWS=FINISH[1]),

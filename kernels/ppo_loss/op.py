@@ -1,13 +1,14 @@
 """Policy, value and PPO losses: checks, schemas, fakes, autograd.
 
 The forward op returns each gradient for an upstream gradient of 1; the backward multiplies it by
-the upstream gradient, a scalar. So a loss, its statistics and its
-gradients take one pass over the tokens.
+the upstream gradient, a scalar. So a loss, its statistics and its gradients take one pass over the
+tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -139,24 +140,31 @@ _dispatch.define(
 )
 
 
-def _scale(grad, unit, source):
+def _scale(grad, unit, source, owned=False):
     # Every backend rounds the product alike, so the device alone chooses.
     scale = _dispatch.choose("scale_unit_gradient", unit.device.type, unit.dtype, "")
-    return scale(grad, unit)
+    return scale(grad, unit, owned)
 
 
-def scaled(grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+def scaled(
+    grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor, owned: bool = False
+) -> torch.Tensor:
     """The gradient of `source`.
 
     Where nobody can differentiate it again, without the op's 25 us; and for `loss.backward()`, with
     its upstream gradient of 1, without a copy (0.2 ms for two of 256 x 1024). As long as the graph
     is retained autograd sees that the tensor is shared, and copies it into `.grad`.
+
+    A GPU does not know the upstream gradient on the host. There a unit gradient is scaled in place
+    if it is `owned`, by this graph alone, and the graph is not kept: the kernel leaves at once for
+    an upstream gradient of 1.
     """
     if torch.is_grad_enabled() or type(grad) is not torch.Tensor:  # create_graph, or traced
         return torch.ops.rlhf_fast.scale_unit_gradient(grad, unit, source)
     if grad.device.type == "cpu" and grad.item() == 1:
         return unit
-    return _scale(grad, unit, source)
+    owned = owned and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return _scale(grad, unit, source, owned)
 
 
 # grad * unit, as an op of its own so that a second derivative raises: `source`, the tensor whose
@@ -170,6 +178,26 @@ torch.library.register_fake(
 _dispatch.once_differentiable("scale_unit_gradient")
 
 
+class _Caller(threading.local):
+    drops_units = False
+
+
+_caller = _Caller()
+
+
+def drop_units(op: Callable[..., tuple], *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, stats) of the torch op `op`, whose unit gradients are then owned by its graph."""
+    if torch.compiler.is_compiling():
+        loss, stats, *_ = op(*args)
+        return loss, stats
+    _caller.drops_units = True
+    try:
+        loss, stats, *_ = op(*args)
+    finally:
+        _caller.drops_units = False
+    return loss, stats
+
+
 def register_unit_gradients(name: str, sources: Sequence[int], arguments: int) -> None:
     """Autograd of the torch op `name`, which has `arguments` arguments and returns
     (loss, others..., unit gradient of each argument number in `sources`)."""
@@ -177,6 +205,7 @@ def register_unit_gradients(name: str, sources: Sequence[int], arguments: int) -
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.owned = _caller.drops_units
         ctx.save_for_backward(*output[-count:], *(inputs[k] for k in sources))
 
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
@@ -184,7 +213,7 @@ def register_unit_gradients(name: str, sources: Sequence[int], arguments: int) -
         grads: list[torch.Tensor | None] = [None] * arguments
         for k, unit, source in zip(sources, saved[:count], saved[count:], strict=True):
             if ctx.needs_input_grad[k]:
-                grads[k] = scaled(grad, unit, source)
+                grads[k] = scaled(grad, unit, source, ctx.owned)
         return tuple(grads)
 
     _dispatch.differentiable(name, setup_context=setup_context, backward=backward)
@@ -271,7 +300,8 @@ def policy_loss(
     if kind != "reinforce":
         advantages = advantages.detach()
     weights = None if importance_weights is None else importance_weights.detach()
-    loss, stats, _, _ = torch.ops.rlhf_fast.policy_loss(
+    loss, stats = drop_units(
+        torch.ops.rlhf_fast.policy_loss,
         rows(logprob, dtype), rows(old_logprob.detach(), dtype), rows(advantages, dtype),
         token_mask(mask, logprob, "logprob"), rows(weights, dtype),
         *split_normalizer(normalizer, logprob.device, dtype), kind,
@@ -319,7 +349,8 @@ def value_loss(
     """
     _args.choice("reduction", reduction, REDUCTIONS)
     dtype = common_dtype(values=values, old_values=old_values, returns=returns)
-    loss, stats, _ = torch.ops.rlhf_fast.value_loss(
+    loss, stats = drop_units(
+        torch.ops.rlhf_fast.value_loss,
         rows(values, dtype), rows(old_values.detach(), dtype), rows(returns.detach(), dtype),
         token_mask(mask, values, "values"), *split_normalizer(normalizer, values.device, dtype),
         optional("clip", clip, low=0.0), reduction, _dispatch.requested("value_loss"),
@@ -400,7 +431,8 @@ def ppo_loss(
         ref_logprob=ref_logprob,
     )
     ref_logprob = None if ref_logprob is None else ref_logprob.detach()
-    loss, stats, *_ = torch.ops.rlhf_fast.ppo_loss(
+    loss, stats = drop_units(
+        torch.ops.rlhf_fast.ppo_loss,
         rows(logprob, dtype), rows(old_logprob.detach(), dtype), rows(advantages.detach(), dtype),
         rows(values, dtype), rows(old_values.detach(), dtype), rows(returns.detach(), dtype),
         token_mask(mask, logprob, "logprob"), rows(entropy, dtype), rows(ref_logprob, dtype),

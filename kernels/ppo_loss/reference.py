@@ -389,9 +389,11 @@ def ppo_loss(
     return loss.clone(), _stacked(stats), unit, unit_values, unit_entropy
 
 
-def scale_unit_gradient(grad: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """grad * unit. 0 stays 0 where the upstream gradient, a scalar, overflowed: a masked token gets
-    nothing, not 0 * inf."""
+def scale_unit_gradient(
+    grad: torch.Tensor, unit: torch.Tensor, owned: bool = False
+) -> torch.Tensor:
+    """grad * unit; `unit` may be overwritten if it is `owned`. 0 stays 0 where the upstream
+    gradient, a scalar, overflowed: a masked token gets nothing, not 0 * inf."""
     if grad.device.type == "cpu" and math.isfinite(grad):
         return unit * grad
     return torch.where(unit == 0, 0.0, unit * grad)
