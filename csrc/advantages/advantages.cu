@@ -13,7 +13,7 @@ namespace rlhf::cuda {
 namespace {
 
 constexpr int kThreads = 256;   // of whitening
-constexpr int kBlocks = 512;    // of a whitening launch at most, each of which reads all parts
+constexpr int kBlocks = 1024;   // of a whitening launch at most, each of which reads all parts
 constexpr int kPart = 2048;     // tokens that a block has in its registers
 constexpr int kGroupWarps = 4;  // responses of a block
 
@@ -105,12 +105,26 @@ __global__ void __launch_bounds__(kThreads) whiten_kernel(WhitenArgs args) {
   const float factor = scale == HUGE_VAL ? 0.0f : static_cast<float>(scale);
   // A mean has more digits than one float.
   const float mean = static_cast<float>(m.mean), rest = static_cast<float>(m.mean - mean);
-  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < args.size;
-       i += gridDim.x * int64_t{kThreads}) {
-    const bool live = !args.mask || args.mask[i];
-    float y = live && some ? (args.x[i] - mean - rest) * factor : 0.0f;
+  const auto whitened = [&](float x, bool live) {
+    float y = live && some ? (x - mean - rest) * factor : 0.0f;
     if (!args.shift_mean) y = mean + (y + rest);
-    args.out[i] = live ? y : 0.0f;
+    return live ? y : 0.0f;
+  };
+  // 16 bytes at a time. `out` may be x: nothing is read ahead of a store, so each thread needs
+  // some.
+  const bool aligned = aligned_to(16, args.x, args.out) && aligned_to(4, args.mask);
+  for (int64_t i = 4 * (blockIdx.x * int64_t{kThreads} + threadIdx.x); i < args.size;
+       i += 4 * gridDim.x * int64_t{kThreads}) {
+    if (aligned && i + 4 <= args.size) {
+      const uint32_t bytes = args.mask ? *reinterpret_cast<const uint32_t*>(args.mask + i) : ~0u;
+      const float4 x = *reinterpret_cast<const float4*>(args.x + i);
+      *reinterpret_cast<float4*>(args.out + i) =
+          make_float4(whitened(x.x, bytes & 0xffu), whitened(x.y, bytes & 0xff00u),
+                      whitened(x.z, bytes & 0xff0000u), whitened(x.w, bytes & 0xff000000u));
+      continue;
+    }
+    for (int64_t k = i; k < i + 4 && k < args.size; ++k)
+      args.out[k] = whitened(args.x[k], !args.mask || args.mask[k]);
   }
 }
 

@@ -5,6 +5,7 @@ import torch
 import rlhf_fast
 from rlhf_fast.bench import eager, inputs, shapes
 from rlhf_fast.bench.case import Case
+from rlhf_fast.kernels.gae.bench import NO_LOOP
 
 KL_COEF, GAMMA, LAM = 0.05, 1.0, 0.95
 
@@ -61,7 +62,7 @@ def _trainer(gae):
     return run
 
 
-def _ppo(sizes, **options) -> Case:
+def _ppo(sizes, *, loop=True, **options) -> Case:
     tokens = sizes["B"] * sizes["T"]
     return Case(
         op="ppo_advantages",
@@ -72,8 +73,8 @@ def _ppo(sizes, **options) -> Case:
                 scores, logprob, ref_logprob, values, mask, kl_coef=KL_COEF, gamma=GAMMA, lam=LAM
             )
         ),
-        eager=_trainer(eager.gae_loop),
-        compiled=_trainer(eager.gae_scan),
+        eager=_trainer(eager.gae_loop if loop else eager.gae_scan),
+        compiled=_trainer(eager.gae_scan) if loop else None,
         # Three inputs and the mask in, four outputs out, the advantages rewritten by whitening.
         bytes=37 * tokens,
         flops=16 * tokens,
@@ -106,6 +107,7 @@ def _groups(sizes, **options) -> Case:
 CASES = [
     _ppo(shapes.TOKENS),
     _ppo(shapes.TOKENS_GPU, devices=("cuda",)),
+    _ppo(shapes.TOKENS_GPU_MANY, devices=("cuda",), loop=False, **NO_LOOP),
     _shaped(shapes.TOKENS),
     _whiten(shapes.TOKENS),
     _groups(shapes.GROUPS),

@@ -32,7 +32,19 @@ def _make_packed(dtype, B, T):
     }
 
 
-def _gae(sizes, *, masked=False, **options) -> Case:
+def _scan(rewards, values, **mask):
+    return eager.gae_scan(rewards, values, GAMMA, LAM, **mask)
+
+
+def _loop(rewards, values, **mask):
+    return eager.gae_loop(rewards, values, GAMMA, LAM, **mask)
+
+
+# Of rows that a loop takes seconds for on a GPU.
+NO_LOOP = {"left_out": ("reference",), "note": "plain PyTorch is the scan, not the loop over time"}
+
+
+def _gae(sizes, *, masked=False, loop=True, **options) -> Case:
     tokens = sizes["B"] * sizes["T"]
     return Case(
         op="gae",
@@ -41,10 +53,8 @@ def _gae(sizes, *, masked=False, **options) -> Case:
         ours=lambda rewards, values, **mask: tuple(
             rlhf_fast.gae(rewards, values, gamma=GAMMA, lam=LAM, **mask)
         ),
-        eager=lambda rewards, values, **mask: eager.gae_loop(rewards, values, GAMMA, LAM, **mask),
-        compiled=lambda rewards, values, **mask: eager.gae_scan(
-            rewards, values, GAMMA, LAM, **mask
-        ),
+        eager=_loop if loop else _scan,
+        compiled=_scan if loop else None,
         bytes=(17 if masked else 16) * tokens,
         flops=6 * tokens,
         label="masked" if masked else "",
@@ -104,6 +114,7 @@ CASES = [
     _gae(shapes.TOKENS, masked=True),
     _gae(shapes.TOKENS_LONG, devices=("cpu",)),
     _gae(shapes.TOKENS_GPU, devices=("cuda",)),
+    _gae(shapes.TOKENS_GPU_LONG, devices=("cuda",), loop=False, **NO_LOOP),
     _packed(shapes.TOKENS),
     _discounted(shapes.TOKENS),
     _gae(shapes.TOKENS_QUICK, quick=True),

@@ -72,7 +72,8 @@ def _ppo(sizes, **options) -> Case:
 
 CASES = [
     _ppo(shapes.TOKENS),
-    _ppo(shapes.TOKENS_GPU, devices=("cuda",)),
+    _ppo(shapes.TOKENS_GPU_LOSS, devices=("cuda",)),
+    _ppo(shapes.TOKENS_GPU_MANY, devices=("cuda",)),
     _policy(shapes.TOKENS),
     _value(shapes.TOKENS),
     _ppo(shapes.TOKENS_QUICK, quick=True),

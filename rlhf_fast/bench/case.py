@@ -26,7 +26,7 @@ class Case:
     output written once, and inputs read a second time where a separate backward pass needs them.
     `grad` names the inputs that get a gradient; with it the case is forward and backward.
     `compiled` replaces `eager` under torch.compile where `eager` is a Python loop over time, which
-    takes minutes to compile unrolled.
+    takes minutes to compile unrolled. `left_out` names backends that this case does not time.
     """
 
     op: str
@@ -44,6 +44,7 @@ class Case:
     note: str = ""
     quick: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+    left_out: tuple[str, ...] = ()
 
     @property
     def shape(self) -> str:

@@ -21,6 +21,10 @@ LOGITS_QUICK = {"N": 16, "V": 1000}
 TOKENS = {"B": 256, "T": 1024}
 TOKENS_LONG = {"B": 8, "T": 32768}
 TOKENS_GPU = {"B": 512, "T": 4096}
+# Few long rows, a batch of losses, and as many tokens as a large run has in one update.
+TOKENS_GPU_LONG = {"B": 16, "T": 65536}
+TOKENS_GPU_LOSS = {"B": 256, "T": 4096}
+TOKENS_GPU_MANY = {"B": 4096, "T": 8192}
 TOKENS_QUICK = {"B": 8, "T": 64}
 
 # Hidden states and a head. 512 x 32000 is a model that trains on a CPU, 4096 x 128256 Llama-3-8B;
