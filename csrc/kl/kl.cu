@@ -9,8 +9,13 @@
 namespace rlhf::cuda {
 namespace {
 
-constexpr int kThreads = 512;  // at most, per row
-constexpr int kBlocks = 2;     // on a multiprocessor, at the least
+constexpr int kThreads = 256;  // at most, per row
+// Blocks on a multiprocessor: more would spill registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kBlocks = 5;
+#else
+constexpr int kBlocks = 4;
+#endif
 
 RLHF_HD float not_a_number() { return __int_as_float(0x7fc00000); }
 

@@ -9,14 +9,15 @@
 namespace rlhf::cuda {
 namespace {
 
-// At most, per row. Four blocks of at most 32 registers fill a multiprocessor: that hides the
-// memory's latency better than fewer threads with more loads under way (log.md).
-constexpr int kThreads = 512;
+constexpr int kThreads = 512;  // at most, per row
+// Blocks on a multiprocessor. Four of at most 32 registers fill it: on an H200 that hides the
+// memory's latency better than fewer threads with more loads under way (docs/log.md). For other
+// targets the compiler would spill registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int kBlocks = 4;
-// With the gradient one row per multiprocessor is under way, so that the second reading finds it in
-// the L2 cache: 132 rows of 151936 bf16 logits are 40 MB.
-constexpr int kOnePassThreads = 1024;
-constexpr int kOnePassPacks = 2;
+#else
+constexpr int kBlocks = 3;
+#endif
 
 RLHF_HD float not_a_number() { return __int_as_float(0x7fc00000); }
 
@@ -59,25 +60,13 @@ RLHF_HD void fold(Softmax& state, float (&z)[COUNT], float softcap, float rate) 
   }
 }
 
-// The sums of a row, for every thread of the block; `rate` in units of ln 2. PACKS loads of a
-// thread are under way together.
-template <class T, bool WEIGHTED, bool CAPPED, int PACKS>
+// The sums of a row, for every thread of the block; `rate` in units of ln 2.
+template <class T, bool WEIGHTED, bool CAPPED>
 RLHF_HD Softmax fold_row(const LogitRows& in, const T* row, float rate, float* shared) {
   constexpr int N = Pack<T>::kSize;
-  const int packs = static_cast<int>(in.vocabulary) / N, threads = static_cast<int>(blockDim.x);
+  const int packs = static_cast<int>(in.vocabulary) / N;
   Softmax state = {-kInfinity, 0.0f, 0.0f};
-  int i = threadIdx.x;
-  for (; i + (PACKS - 1) * threads < packs; i += PACKS * threads) {
-    Pack<T> pack[PACKS];
-    float z[PACKS * N];
-#pragma unroll
-    for (int p = 0; p < PACKS; ++p) pack[p] = load_pack(row + (i + p * threads) * N);
-#pragma unroll
-    for (int k = 0; k < PACKS * N; ++k) z[k] = to_float(pack[k / N].x[k % N]);
-    fold<WEIGHTED, CAPPED>(state, z, in.softcap, rate);
-  }
-  // What is left: single packs where PACKS do not fit, single logits where no pack does.
-  for (; PACKS > 1 && i < packs; i += threads) {
+  for (int i = threadIdx.x; i < packs; i += static_cast<int>(blockDim.x)) {
     const Pack<T> pack = load_pack(row + i * N);
     float z[N];
 #pragma unroll
@@ -128,7 +117,7 @@ RLHF_HD float chosen_logit(const LogitRows& in, const T* z, int64_t y) {
   return y == kElsewhere ? 0.0f : not_a_number();
 }
 
-template <class T, bool WEIGHTED, bool CAPPED, int PACKS>
+template <class T, bool WEIGHTED, bool CAPPED>
 RLHF_HD void forward_row(const LogprobArgs& args) {
   __shared__ float shared[32];
   const LogitRows& in = args.in;
@@ -139,7 +128,7 @@ RLHF_HD void forward_row(const LogprobArgs& args) {
   }
   const T* const z = row_of<T>(in, row);
   const float rate = rate_of(in, row);
-  const Softmax sums = fold_row<T, WEIGHTED, CAPPED, PACKS>(in, z, rate * kLog2E, shared);
+  const Softmax sums = fold_row<T, WEIGHTED, CAPPED>(in, z, rate * kLog2E, shared);
   if (threadIdx.x != 0) return;
   const float chosen = chosen_logit(in, z, in.ids[row]);
   store_values<WEIGHTED>(args, row, values_of<WEIGHTED>(sums, chosen, in.softcap, rate), sums.top);
@@ -189,7 +178,7 @@ RLHF_HD void backward_row(const LogprobBackwardArgs& args) {
 // A softcap takes registers enough for a kernel of its own.
 template <class T, bool WEIGHTED, bool CAPPED>
 __global__ void __launch_bounds__(kThreads, CAPPED ? 3 : kBlocks) logprob_kernel(LogprobArgs args) {
-  forward_row<T, WEIGHTED, CAPPED, 1>(args);
+  forward_row<T, WEIGHTED, CAPPED>(args);
 }
 
 template <class T, class O, bool ENTROPY>
@@ -199,12 +188,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <class T, bool ENTROPY>
-__global__ void __launch_bounds__(kOnePassThreads, 1)
-    logprob_and_grad_kernel(LogprobGradArgs args) {
+__global__ void __launch_bounds__(kThreads, 3) logprob_and_grad_kernel(LogprobGradArgs args) {
   if (args.forward.in.softcap != 0.0f)
-    forward_row<T, true, true, kOnePassPacks>(args.forward);
+    forward_row<T, true, true>(args.forward);
   else
-    forward_row<T, true, false, kOnePassPacks>(args.forward);
+    forward_row<T, true, false>(args.forward);
   __syncthreads();  // thread 0 has written what all read
   backward_row<T, T, ENTROPY>(args.backward);
 }
@@ -214,12 +202,12 @@ std::string describe(const char* op, const LogitRows& in) {
          std::to_string(in.vocabulary);
 }
 
-// Threads of a row, at most `most`: by the vocabulary alone.
-int threads_of(const LogitRows& in, int most, const std::string& what) {
+// Threads of a row: by the vocabulary alone.
+int threads_of(const LogitRows& in, const std::string& what) {
   if (in.vocabulary > INT32_MAX / 2)
     throw std::invalid_argument(what + ": expected a vocabulary of at most 2^30, got " +
                                 std::to_string(in.vocabulary));
-  return in.vocabulary <= 4096 ? 128 : most;
+  return in.vocabulary <= 4096 ? 128 : kThreads;
 }
 
 }  // namespace
@@ -227,7 +215,7 @@ int threads_of(const LogitRows& in, int most, const std::string& what) {
 void logprob(const LogprobArgs& args, int device, void* stream) {
   const std::string what = describe(args.entropy ? "logprob_entropy" : "logprob", args.in);
   const unsigned grid = grid_of(args.in.rows, what);
-  const int threads = threads_of(args.in, kThreads, what);
+  const int threads = threads_of(args.in, what);
   const auto queue = static_cast<cudaStream_t>(stream);
   DeviceGuard guard(device);
   with_type(args.in.dtype, [&](auto type) {
@@ -244,7 +232,7 @@ void logprob(const LogprobArgs& args, int device, void* stream) {
 void logprob_backward(const LogprobBackwardArgs& args, int device, void* stream) {
   const std::string what = describe("logprob_backward", args.in);
   const unsigned grid = grid_of(args.in.rows, what);
-  const int threads = threads_of(args.in, kThreads, what);
+  const int threads = threads_of(args.in, what);
   const auto queue = static_cast<cudaStream_t>(stream);
   DeviceGuard guard(device);
   with_gradient_types(args.in.dtype, args.out_dtype, [&](auto type, auto out_type) {
@@ -262,7 +250,7 @@ void logprob_and_grad(const LogprobGradArgs& args, int device, void* stream) {
   const LogitRows& in = args.forward.in;
   const std::string what = describe("logprob_entropy_and_grad", in);
   const unsigned grid = grid_of(in.rows, what);
-  const int threads = threads_of(in, kOnePassThreads, what);
+  const int threads = threads_of(in, what);
   const auto queue = static_cast<cudaStream_t>(stream);
   DeviceGuard guard(device);
   with_type(in.dtype, [&](auto type) {
