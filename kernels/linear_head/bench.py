@@ -89,9 +89,9 @@ _OPS = {
 }
 
 
-def _active(sizes, dtype, device: str) -> list[Case]:
+def _active(sizes, dtype, **options) -> list[Case]:
     """`linear_ppo_loss` with all tokens, or two fifths of them, in the products of the gradient."""
-    case = _linear("linear_ppo_loss", sizes, dtype, devices=(device,))
+    case = _linear("linear_ppo_loss", sizes, dtype, **options)
     product = 2 * sizes["N"] * sizes["H"] * sizes["V"]
     return [
         dataclasses.replace(
@@ -132,18 +132,28 @@ def _linear(op, sizes, dtype=torch.float32, **options) -> Case:
     )
 
 
+def _forward(op: str) -> Case:
+    """Without gradients, as for the log-probs of the old policy and of the reference."""
+    n, h, v = (shapes.HEAD_GPU[name] for name in "NHV")
+    heads = _OPS[op][3]
+    return dataclasses.replace(
+        _linear(op, shapes.HEAD_GPU, torch.bfloat16, **GPU),
+        grad=(),
+        bytes=2 * heads * (n * h + v * h) + 24 * n,
+        flops=2 * n * h * v * heads,
+    )
+
+
+GPU = {"devices": ("cuda",), "left_out": ("reference",)}
 CASES = [
     *(
         _linear(op, shapes.HEAD, devices=("cpu",))
         for op in ("linear_logprob_entropy", "linear_ppo_loss")
     ),
-    *_active(shapes.HEAD, torch.float32, "cpu"),
+    *_active(shapes.HEAD, torch.float32, devices=("cpu",)),
     *(_linear(op, shapes.HEAD_SHORT, devices=("cpu",)) for op in ("linear_logprob", "linear_kl")),
-    *(
-        _linear(op, sizes, torch.bfloat16, devices=("cuda",))
-        for sizes in (shapes.HEAD_GPU, shapes.HEAD_LARGE)
-        for op in _OPS
-    ),
-    *_active(shapes.HEAD_LARGE, torch.bfloat16, "cuda"),
+    *(_linear(op, shapes.HEAD_GPU, torch.bfloat16, **GPU) for op in _OPS),
+    *(_forward(op) for op in ("linear_logprob_entropy", "linear_kl")),
+    *_active(shapes.HEAD_GPU, torch.bfloat16, **GPU),
     *(_linear(op, shapes.HEAD_QUICK, quick=True) for op in _OPS),
 ]

@@ -175,7 +175,7 @@ def _checked(case: Case, calls: Calls, device: str, notes: dict, failures: list)
     plain: tuple = ()
     for backend, state in served_by(case.op, device).items():
         if state is not True or backend in case.left_out:
-            notes[backend] = "not timed: a Python loop over time" if state is True else str(state)
+            notes[backend] = "not timed: too slow at this size" if state is True else str(state)
             continue
         try:
             ours = calls.on(backend)()

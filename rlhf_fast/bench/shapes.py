@@ -7,7 +7,6 @@ completions per prompt.
 # Vocabularies.
 GPT2 = 50257
 LLAMA2 = 32000
-LLAMA3 = 128256
 QWEN2 = 151936
 
 # Rows of logits. A policy update of 16 responses of 128 tokens is 2048 rows.
@@ -27,17 +26,16 @@ TOKENS_GPU_LOSS = {"B": 256, "T": 4096}
 TOKENS_GPU_MANY = {"B": 4096, "T": 8192}
 TOKENS_QUICK = {"B": 8, "T": 64}
 
-# Hidden states and a head. 512 x 32000 is a model that trains on a CPU, 4096 x 128256 Llama-3-8B;
-# HEAD_LARGE is the shape at which other projects have published times.
+# Hidden states and a head. 512 x 32000 is a model that trains on a CPU; at HEAD_GPU other projects
+# have published times.
 HEAD = {"N": 2048, "H": 512, "V": LLAMA2}
 HEAD_SHORT = {"N": 512, "H": 512, "V": LLAMA2}
-HEAD_GPU = {"N": 4096, "H": 4096, "V": LLAMA3}
-HEAD_LARGE = {"N": 8192, "H": 4096, "V": 131072}
+HEAD_GPU = {"N": 8192, "H": 4096, "V": 131072}
 HEAD_QUICK = {"N": 16, "H": 32, "V": 500}
 
 # One decoding step of B sequences.
 DECODE = ({"B": 16, "V": GPT2}, {"B": 64, "V": GPT2})
-DECODE_GPU = ({"B": 64, "V": QWEN2}, {"B": 256, "V": QWEN2})
+DECODE_GPU = {"B": 64, "V": QWEN2}
 DECODE_QUICK = {"B": 4, "V": 1000}
 
 # Slots, query heads, key heads, room for tokens, head size: Llama-3-8B.
