@@ -442,16 +442,14 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cpu::logprob(args);
   });
-  m.def("cpu_logprob_backward",
-        [](const RowsTuple& rows, int threads, Address grad_logprob, Address grad_entropy,
-           Address row_max, Address log_sum, Address entropy, Address out, int out_dtype,
-           Address places) {
-          const auto args =
-              logprob_backward_args(rows, threads, grad_logprob, grad_entropy, row_max, log_sum,
-                                    entropy, out, out_dtype, places);
-          py::gil_scoped_release released;
-          cpu::logprob_backward(args);
-        });
+  m.def("cpu_logprob_backward", [](const RowsTuple& rows, int threads, Address grad_logprob,
+                                   Address grad_entropy, Address row_max, Address log_sum,
+                                   Address entropy, Address out, int out_dtype, Address places) {
+    const auto args = logprob_backward_args(rows, threads, grad_logprob, grad_entropy, row_max,
+                                            log_sum, entropy, out, out_dtype, places);
+    py::gil_scoped_release released;
+    cpu::logprob_backward(args);
+  });
   m.def("cpu_logprob_and_grad",
         [](const RowsTuple& rows, int threads, Address logprob, Address entropy, Address row_max,
            Address log_sum, Address grad_logprob, Address grad_entropy, Address out) {
@@ -623,15 +621,15 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release released;
     cuda::logprob(args, device, pointer<void>(stream));
   });
-  m.def("cuda_logprob_backward", [](const RowsTuple& rows, int device, Address stream,
-                                    Address grad_logprob, Address grad_entropy, Address row_max,
-                                    Address log_sum, Address entropy, Address out, int out_dtype,
-                                    Address places) {
-    const auto args = logprob_backward_args(rows, 1, grad_logprob, grad_entropy, row_max, log_sum,
-                                            entropy, out, out_dtype, places);
-    py::gil_scoped_release released;
-    cuda::logprob_backward(args, device, pointer<void>(stream));
-  });
+  m.def("cuda_logprob_backward",
+        [](const RowsTuple& rows, int device, Address stream, Address grad_logprob,
+           Address grad_entropy, Address row_max, Address log_sum, Address entropy, Address out,
+           int out_dtype, Address places) {
+          const auto args = logprob_backward_args(rows, 1, grad_logprob, grad_entropy, row_max,
+                                                  log_sum, entropy, out, out_dtype, places);
+          py::gil_scoped_release released;
+          cuda::logprob_backward(args, device, pointer<void>(stream));
+        });
   m.def("cuda_logprob_and_grad",
         [](const RowsTuple& rows, int device, Address stream, Address logprob, Address entropy,
            Address row_max, Address log_sum, Address grad_logprob, Address grad_entropy,

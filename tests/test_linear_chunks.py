@@ -249,7 +249,9 @@ def test_what_is_kept_changes_nothing(op, rows, monkeypatch):
         else:
             out = rlhf_fast.linear_logprob_entropy(*leaves, ids, mask=mask)
             first = out.logprob
-        losses = [(first * g.to(dtype) + out.entropy * h.to(dtype)) @ u.to(dtype) for u in upstreams]
+        losses = [
+            (first * g.to(dtype) + out.entropy * h.to(dtype)) @ u.to(dtype) for u in upstreams
+        ]
         return [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in losses]
 
     every = torch.ones(n)
@@ -269,7 +271,7 @@ def test_what_is_kept_changes_nothing(op, rows, monkeypatch):
 
 @needs_cpu
 def test_peak_memory_of_a_call_that_keeps_logits():
-    """Kept chunk, gradient of the head, a tile of a quarter of a chunk: 2048 x 512 x 32000 small."""
+    """A kept chunk, the gradient of the head, a tile of a quarter of a chunk."""
     n, size, vocabulary = 256, 16, 16000
     x, w, ids = make(n, size, vocabulary)
     x, w = x.requires_grad_(), w.requires_grad_()

@@ -458,7 +458,9 @@ def test_torch_library_and_compile():
     mask = torch.tensor([True, True, False, True])
     ops = torch.ops.rlhf_fast
     everything = (x, w, ids, bias, a, b, mask, 0.7, None, 5.0, 0.9, 0.5, -100, "", False, 0, "")
-    bare = (x, w, ids, None, None, None, None, 1.0, mask + 0.5, None, 1.0, 1.0, -100, "", True, 0, "")
+    bare = (
+        x, w, ids, None, None, None, None, 1.0, mask + 0.5, None, 1.0, 1.0, -100, "", True, 0, "",
+    )  # fmt: skip
     for arguments in (everything, bare):
         torch.library.opcheck(ops.linear_logprob.default, arguments)
         torch.library.opcheck(ops.linear_logprob_entropy.default, arguments)

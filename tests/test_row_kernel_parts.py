@@ -1,4 +1,4 @@
-"""What the linear head asks of the row kernels beyond their ops: a part of the vocabulary at a time,
+"""What the linear head asks of the row kernels beyond their ops: a part of a vocabulary at a time,
 gradients of float32 logits in half precision, and rows that go to other places or nowhere."""
 
 import importlib

@@ -14,8 +14,8 @@
 
 namespace rlhf {
 
-// The id of a token that is not among a row's columns, for rows that are a part of a vocabulary. The
-// backward pass takes its log-prob to be finite; that of the forward pass says nothing.
+// The id of a token that is not among a row's columns, for rows that are a part of a vocabulary.
+// The backward pass takes its log-prob to be finite; that of the forward pass says nothing.
 constexpr int64_t kElsewhere = -(int64_t{1} << 62);
 
 // Row n starts at (n / inner) stride_outer + (n % inner) stride_inner and is dense.
@@ -42,7 +42,7 @@ struct LogprobBackwardArgs {
   LogitRows in;
   const float *grad_logprob, *row_max, *log_sum;  // [rows]
   const float *grad_entropy, *entropy;            // [rows], or both null
-  void* out;  // [rows, vocabulary]; may be the logits themselves where those are contiguous
+  void* out;        // [rows, vocabulary]; may be the logits themselves where those are contiguous
   Dtype out_dtype;  // that of the logits, or any for float logits
   const int64_t* places;  // [rows] or null: see place_of
 };

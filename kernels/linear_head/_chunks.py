@@ -25,11 +25,12 @@ from . import _shards
 from ._collect import collector
 from ._gradients import Gradients
 from ._logits import Logits, chunks, merge_shards, passed_on, rows_that_fit
-from ._tiles import Head, Rows, full_precision, split
+from ._tiles import Head, Rows, full_precision
 from ._walk import Kept, backward_walk
 from .reference_kl import kl_setup
 from .reference_logprob import as_outputs, local_ids
 from .reference_ppo import Sweeps, policy_loss_of_head
+
 
 def _setup(
     hidden, weight, ids, bias, lora_a, lora_b, mask, temperature, temperatures, softcap,
@@ -71,9 +72,7 @@ class LinearHead:
         )  # fmt: skip
 
     @staticmethod
-    def kept_rows(
-        vocabulary: int, live: torch.Tensor, invariant: bool, heads: int = 1
-    ) -> int:
+    def kept_rows(vocabulary: int, live: torch.Tensor, invariant: bool, heads: int = 1) -> int:
         """How many rows' logits the forward pass keeps for the backward pass: a chunk."""
         if _invariant.enabled(invariant):
             return 0
@@ -96,14 +95,20 @@ class LinearHead:
             if group:
                 chosen[block] = logits.chosen(z, block)
         if group:
-            *entropy, row_max, log_sum = out[1:]
-            if not vocabulary:
-                row_max.fill_(-torch.inf)
-            stats = [row_max, log_sum, *(entropy or [rows.new()]), chosen]
-            t = rows.temperature.squeeze(-1) if isinstance(rows.temperature, torch.Tensor) else rows.temperature
-            merged = merge_shards(_shards.gather_stats(stats, group), t)
-            out = [merged[0], *merged[1:2][:with_entropy], *merged[2:]]
+            out = self._over_ranks(logits, out, chosen, group)
         return *(rows.whole(x) for x in out), kept
+
+    @staticmethod
+    def _over_ranks(logits: Logits, out: list, chosen: torch.Tensor, group: str) -> list:
+        """The values `out` of this rank's slice and everybody else's together."""
+        _, *entropy, row_max, log_sum = out
+        if not len(logits.head.weight):
+            row_max.fill_(-torch.inf)
+        stats = [row_max, log_sum, *(entropy or [torch.zeros_like(log_sum)]), chosen]
+        logprob, mixed, row_max, log_sum = merge_shards(
+            _shards.gather_stats(stats, group), logits.rows.temperature
+        )
+        return [logprob, *([mixed] if entropy else []), row_max, log_sum]
 
     @full_precision
     def linear_logprob(self, *arguments) -> tuple[torch.Tensor, ...]:

@@ -36,8 +36,11 @@ class Gradients:
         needs: list[bool],
         slicewise: bool = True,
     ):
-        """With `slicewise` a slice is entered once, and rounded when it is left; without, slices are
-        entered again and again and all gradients stay in the arithmetic's dtype."""
+        """With `slicewise` a slice is entered once, and rounded when it is left.
+
+        Without, slices are entered again and again, and all gradients stay in the arithmetic's
+        dtype.
+        """
         self.head, self.rows, self.down, self.slicewise = head, rows, down, slicewise
         hidden, weight, bias, lora_a, lora_b = needs
 

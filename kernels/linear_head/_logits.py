@@ -1,4 +1,4 @@
-"""Logits of a head as the row kernels of the rooms logprob and kl take them, and how many at once."""
+"""Logits of a head as the kernels of the rooms logprob and kl take them, and how many at once."""
 
 from __future__ import annotations
 
@@ -153,6 +153,8 @@ def merge_shards(shards: list[list[torch.Tensor]], temperature) -> tuple[torch.T
     Each of `shards` is [row_max, log_sum, entropy, chosen logit] of a part. With p the mass of the
     parts, the entropy is that of p plus the mean of the parts' own: sum p (entropy - log p).
     """
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.squeeze(-1)
     row_max = torch.stack([shard[0] for shard in shards]).amax(0)
     logs = torch.stack(
         [

@@ -37,8 +37,7 @@ def _check(hidden, weight, ref_hidden, ref_weight, ids, mask, temperature, tempe
 
 _dispatch.define(
     "linear_kl",
-    f"linear_kl({_ARGUMENTS}, int keep, str backend) -> "
-    f"({', '.join(['Tensor'] * 10)})",
+    f"linear_kl({_ARGUMENTS}, int keep, str backend) -> ({', '.join(['Tensor'] * 10)})",
     fake=_fake,
     check=_check,
 )

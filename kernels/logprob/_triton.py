@@ -210,7 +210,10 @@ AOT_SIGNATURES = [
         ("bf16", SHAPES[-1], {"entropy": False, "temperatures": True}),
         ("bf16", SHAPES[-1], {"softcap": True}),
     )
-] + [_aot(_backward_kernel, "fp32", *SHAPES[-1][1:], out="bf16", places=places) for places in (False, True)]
+] + [
+    _aot(_backward_kernel, "fp32", *SHAPES[-1][1:], out="bf16", places=places)
+    for places in (False, True)
+]
 
 
 def _shape(vocabulary: int) -> tuple[int, int]:
