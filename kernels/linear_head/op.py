@@ -257,16 +257,18 @@ def linear_logprob(
         u = softcap * tanh(z / softcap) / temperature
         logprob[...] = u[..., ids] - log sum_v exp(u[..., v])
 
-    Logits exist one chunk of rows at a time, in float32, and are computed again in the backward
-    pass, in which the gradient overwrites them. `RLHF_FAST_CHUNK_BYTES` is the size of a chunk (64
-    MiB on the CPU, 1 GiB on CUDA, never fewer than 64 rows). Beside it a backward pass needs 4 V H
-    bytes, in which the gradient of `weight` is summed in float32 and rounded once; the reference
-    walks in smaller tiles. Products and sums are float32 (float64 for float64), under
-    `torch.autocast` too; on CUDA, half-precision operands are multiplied as they are, with float32
-    sums, and the gradient of the logits is rounded to their dtype before its products. Gradients
-    that are not needed cost nothing; on the CPU, masked tokens cost nothing and tokens with
-    upstream gradient 0 no backward pass. With a `group` every backend walks as the reference does:
-    only one rank has a token's logit, and the row kernels read both together. Sources:
+    Logits exist one chunk of rows at a time, in float32. If a gradient is needed, the last chunk is
+    kept until the backward pass, which computes the others again: a call that fits into a chunk
+    takes three products, not four (under torch.compile and `batch_invariant()` nothing is kept).
+    `RLHF_FAST_CHUNK_BYTES` is the size of a chunk: 64 MiB on the CPU, 512 MiB on CUDA, never fewer
+    than 64 rows. A backward pass holds the kept chunk, a tile of logits (a quarter of a chunk; on
+    CUDA a chunk and a half) and the gradients; that of `weight` is summed in float32, slice by
+    slice, and rounded once. The reference keeps nothing and walks in smaller tiles. Products and
+    sums are float32 (float64 for float64), under `torch.autocast` too; on CUDA, half-precision
+    operands are multiplied as they are, with float32 sums, and the gradient of the logits is
+    rounded to their dtype before its products. Gradients that are not needed cost nothing; on the
+    CPU, masked tokens cost nothing and tokens with upstream gradient 0 no backward pass. With a
+    `group`, what travels is four numbers per token and the gradients of `hidden` and `A`. Sources:
     Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Wijmans et al., "Cut
     Your Losses in Large-Vocabulary Language Models", 2024; Hu et al., "LoRA", 2021.
 

@@ -140,8 +140,13 @@ def linear_ppo_loss(
     gradient is needed, the forward pass takes it from each chunk of logits before the next one
     overwrites it: three matrix products instead of the four of `linear_logprob` (kind "gspo" and a
     `group` take the four). On the CPU, masked tokens enter no product, and tokens whose gradient
-    is 0 (clipped, or with advantage 0) only the first. Memory beside the result: a chunk of logits
-    as in `linear_logprob`, and the unit gradients, in float32, until the backward pass.
+    is 0 (clipped, or with advantage 0) only the first. On CUDA all tokens enter the first, whose
+    number the host does not know; bfloat16 calls of up to four chunks leave the others out of the
+    products of the gradient on sm_90 and sm_100, without a synchronisation (`torch._grouped_mm`;
+    no bias, LoRA or logit scale; the gradient of a head of bfloat16 is then rounded before it is
+    scaled by the upstream gradient, and again after). Memory beside the result: a chunk of logits
+    as in `linear_logprob`, in half precision on CUDA gradients of logits of up to four chunks, and
+    the unit gradients, in float32, until the backward pass.
     Sources: Schulman et al., "Proximal Policy Optimization Algorithms", 2017; Hsu et al., "Liger
     Kernel", 2024 (gradient in the forward pass); those of `linear_logprob` and `policy_loss`.
 
