@@ -112,7 +112,12 @@ SAMPLES = {
     "ppo_loss": lambda: ((tokens(1, grad=True),), {**losses(), **values(), "value_coef": 0.5}),
     "ranking_loss": lambda: ((randn(B, K).requires_grad_(), ids(B, K) % K), {"margin": 0.1}),
     "decode_attention": lambda: (
-        (randn(B, 4, H), randn(B, 2, T, H, seed=1), randn(B, 2, T, H, seed=2), torch.tensor([5, 0, 3])),
+        (
+            randn(B, 4, H),
+            randn(B, 2, T, H, seed=1),
+            randn(B, 2, T, H, seed=2),
+            torch.tensor([5, 0, 3]),
+        ),
         {"window": 4, "softcap": 5.0},
     ),
     "sample": lambda: (

@@ -77,7 +77,8 @@ def test_head_sizes(backend, size):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "lengths", [(1, 2, 3), (15, 16, 17), (63, 64, 65), (255, 256, 257), (511, 513, 700), (0, 700, 0)]
+    "lengths",
+    [(1, 2, 3), (15, 16, 17), (63, 64, 65), (255, 256, 257), (511, 513, 700), (0, 700, 0)],
 )
 def test_lengths(backend, lengths):
     check(backend, cache(C=700), lengths)
@@ -142,7 +143,9 @@ def test_minus_infinity_and_nan_inside(backend):
     keys[1, :, 3] = torch.nan
     out = attend(backend, query, keys, values, (300, 300))
     kept = torch.cat((torch.arange(5), torch.arange(290, 300)))
-    truth = by_sdpa(query[:1].double(), keys[:1, :, kept].double(), values[:1, :, kept].double(), [15])
+    truth = by_sdpa(
+        query[:1].double(), keys[:1, :, kept].double(), values[:1, :, kept].double(), [15]
+    )
     assert_accurate(backend, out[:1], truth)
     assert out[1].isnan().all()
     keys[0] = -torch.inf
@@ -160,9 +163,7 @@ def test_a_row_depends_on_no_other(backend, dtype):
         alone = attend(backend, *(x[b : b + 1] for x in tensors), [n], window=600)
         assert_same_bits(f"{backend} alone", alone[0], whole[b])
     order = torch.tensor([3, 0, 4, 2, 1])
-    turned = attend(
-        backend, *(x[order] for x in tensors), [lengths[i] for i in order], window=600
-    )
+    turned = attend(backend, *(x[order] for x in tensors), [lengths[i] for i in order], window=600)
     assert_same_bits(f"{backend} permuted", turned, whole[order])
     query, keys, values = tensors
     wide = [torch.full((7, 2, 900, 24), torch.nan, dtype=dtype) for _ in range(2)]

@@ -60,6 +60,8 @@ def test_a_truncated_sampler_loses_its_kept_mass():
     mass = drawn.log_mass.exp().mean().item()
     assert 0.7 < mass < 0.95
     assert (whole - drawn.logprob).exp().mean().item() == pytest.approx(mass, abs=1e-4)
-    assert meter(drawn.logprob, whole, mask)["sampler_gap"] == pytest.approx(-math.log(mass), abs=1e-4)
+    assert meter(drawn.logprob, whole, mask)["sampler_gap"] == pytest.approx(
+        -math.log(mass), abs=1e-4
+    )
     corrected = meter(drawn.logprob + drawn.log_mass, whole, mask)
     assert corrected["sampler_max"] < 1e-5

@@ -138,7 +138,9 @@ def test_no_step_behind_the_last_token(model, monkeypatch):
     """The host knows when the longest response must have ended, and looks then."""
     steps = []
     monkeypatch.setattr(loop, "LOOK_EVERY", {"cpu": 100})
-    monkeypatch.setattr(graphs.GraphedStep, "__call__", lambda self, live: steps.append(self.step(live)))
+    monkeypatch.setattr(
+        graphs.GraphedStep, "__call__", lambda self, live: steps.append(self.step(live))
+    )
     rlhf_fast.generate(model, PROMPTS, max_new_tokens=6)
     assert len(steps) == 5
 
@@ -222,7 +224,9 @@ def test_captured_steps_draw_what_plain_ones_draw(family, monkeypatch):
     made = []
     original = graphs.GraphedStep._capture
     monkeypatch.setattr(
-        graphs.GraphedStep, "_capture", lambda self, width: made.append(original(self, width) or self)
+        graphs.GraphedStep,
+        "_capture",
+        lambda self, width: made.append(original(self, width) or self),
     )
     captured = rlhf_fast.generate(model, prompts, **options)
     assert made and made[-1].graphs, "no step was captured"

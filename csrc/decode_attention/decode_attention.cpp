@@ -1,5 +1,5 @@
-// Decode attention on the CPU: a task is one split of the columns of one slot and key head, with all
-// query heads that share the key head, so that keys and values are read from memory once.
+// Decode attention on the CPU: a task is one split of the columns of one slot and key head, with
+// all query heads that share the key head, so that keys and values are read from memory once.
 #include "decode_attention/decode_attention.h"
 
 #include <algorithm>
@@ -208,9 +208,9 @@ void merge(const DecodeAttentionArgs& args, const Parts& parts, T* out) {
     for (int64_t d = 0; d < args.size; d += W) {
       Vec sum = {};
       for (int64_t p = 0; p < parts.count; ++p)
-        sum = fma(every_lane(factor[p]),
-                  load_first(parts.sums + (p * args.group + g) * args.size + d, args.size - d),
-                  sum);
+        sum =
+            fma(every_lane(factor[p]),
+                load_first(parts.sums + (p * args.group + g) * args.size + d, args.size - d), sum);
       store_first(out + g * args.size + d, sum * inverse, args.size - d);
     }
   }
@@ -250,12 +250,13 @@ void decode(const DecodeAttentionArgs& args) {
       merge(args, {states.get() + i * args.group, sums.get() + i * head, 1},
             static_cast<T*>(args.out) + pair * head);
   });
-  parallel_for(pairs, std::max<int64_t>(1, (1 << 17) / (most * head)), args.threads, [&](int64_t i) {
-    const int64_t count = Span(args, i / args.key_heads).splits();
-    if (count != 1)
-      merge(args, {states.get() + i * most * args.group, sums.get() + i * most * head, count},
-            static_cast<T*>(args.out) + i * head);
-  });
+  parallel_for(
+      pairs, std::max<int64_t>(1, (1 << 17) / (most * head)), args.threads, [&](int64_t i) {
+        const int64_t count = Span(args, i / args.key_heads).splits();
+        if (count != 1)
+          merge(args, {states.get() + i * most * args.group, sums.get() + i * most * head, count},
+                static_cast<T*>(args.out) + i * head);
+      });
 }
 
 }  // namespace

@@ -2,9 +2,9 @@
 //
 //   s_c = softcap(scale q . k_c),   out = sum_c exp(s_c) v_c / sum_c exp(s_c)
 //
-// over the slot's columns from max(0, length - window) to length - 1. Columns are cut into splits of
-// kSplit at fixed places; what a split gives is merged in the order of the splits, so a row's bits
-// depend on no other row, on no batch size and on no number of threads.
+// over the slot's columns from max(0, length - window) to length - 1. Columns are cut into splits
+// of kSplit at fixed places; what a split gives is merged in the order of the splits, so a row's
+// bits depend on no other row, on no batch size and on no number of threads.
 #pragma once
 
 #include <cstdint>

@@ -51,8 +51,8 @@ def _split_kernel(
     query_ptr, keys_ptr, values_ptr, lengths_ptr, top_ptr, total_ptr, sum_ptr,
     key_slot, key_head, key_column, value_slot, value_head, value_column,
     C, window, key_heads, splits, scale, softcap,
-    GROUP: tl.constexpr, D: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    TENSOR_CORES: tl.constexpr, GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TENSOR_CORES: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """(largest score, sum of exponentials, their sum over the values) of one split.
 
@@ -158,7 +158,12 @@ def _aot(dtype: str, itemsize: int, group: int, size: int, softcap: bool = False
     numbers |= dict.fromkeys(("C", "window", "key_heads", "splits"), "i32")
     numbers |= {"scale": "fp32", "softcap": "fp32"}
     constants = {"GROUP": group, "D": size, "HAS_SOFTCAP": softcap, "TENSOR_CORES": itemsize == 2}
-    return _split_kernel, pointers | numbers, constants | _shape(group, size, itemsize), _warps(itemsize)
+    return (
+        _split_kernel,
+        pointers | numbers,
+        constants | _shape(group, size, itemsize),
+        _warps(itemsize),
+    )
 
 
 # What tests/test_triton_aot.py compiles without a GPU: (kernel, types, constants, warps).

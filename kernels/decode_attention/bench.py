@@ -6,12 +6,12 @@ from torch.nn.functional import scaled_dot_product_attention
 import rlhf_fast
 from rlhf_fast.bench import inputs, shapes
 from rlhf_fast.bench.case import Case
-from rlhf_fast.testing import generator
 
 
 def _lengths(B, C):
-    """From half of the columns to all of them."""
-    return torch.randint(C // 2, C + 1, (B,), generator=generator(9))
+    """From half of the columns to all of them, the same ones on every device."""
+    with torch.device("cpu"):
+        return torch.randint(C // 2, C + 1, (B,), generator=inputs.generator(9))
 
 
 def _make(dtype, B, Hq, Hk, C, D):
@@ -19,16 +19,14 @@ def _make(dtype, B, Hq, Hk, C, D):
         "query": inputs.normal(B, Hq, D).to(dtype),
         "keys": inputs.normal(B, Hk, C, D, seed=1).to(dtype),
         "values": inputs.normal(B, Hk, C, D, seed=2).to(dtype),
-        "lengths": _lengths(B, C),
+        "lengths": _lengths(B, C).to(torch.get_default_device()),
     }
 
 
 def _eager(query, keys, values, lengths):
     """PyTorch's attention over the padded cache, under a mask."""
     seen = torch.arange(keys.shape[2], device=keys.device) < lengths[:, None, None, None]
-    out = scaled_dot_product_attention(
-        query.unflatten(1, (keys.shape[1], -1)), keys, values, seen
-    )
+    out = scaled_dot_product_attention(query.unflatten(1, (keys.shape[1], -1)), keys, values, seen)
     return (out.flatten(1, 2),)
 
 

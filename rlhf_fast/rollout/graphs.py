@@ -18,11 +18,11 @@ WARM_UP = 4
 class GraphedStep:
     """`step(width)` at powers of two, each captured once in a graph of its own.
 
-    A model of small layers spends most of a step in launching kernels from Python; a replay launches
-    them all at once. `step` must allow more slots than are live (up to `slots`), must not wait for
-    the device, and must keep its state in the same tensors. A model that waits (a mixture of
-    experts that counts tokens on the host) cannot be captured: then, after a warning, its steps run
-    as before.
+    A model of small layers spends most of a step in launching kernels from Python; a replay
+    launches them all at once. `step` must allow more slots than are live (up to `slots`), must not
+    wait for the device, and must keep its state in the same tensors. A model that waits (a mixture
+    of experts that counts tokens on the host) cannot be captured: then, after a warning, its steps
+    run as before.
     """
 
     def __init__(self, step: Callable[[int], None], device: torch.device, slots: int):

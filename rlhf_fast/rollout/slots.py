@@ -215,7 +215,9 @@ def attend(
         out = _decode(query, key, value, slot_step, scaling, sliding_window, softcap)
         return out.unsqueeze(1), None
     prompts = slot_step.prompts
-    return _prefill(query, key, value, prompts, scaling, sliding_window, softcap).transpose(1, 2), None
+    return _prefill(query, key, value, prompts, scaling, sliding_window, softcap).transpose(
+        1, 2
+    ), None
 
 
 AttentionInterface.register(ATTENTION, attend)

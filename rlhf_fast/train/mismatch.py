@@ -28,11 +28,11 @@ def largest(sampled: torch.Tensor, trained: torch.Tensor, mask: torch.Tensor) ->
 def metrics(totals: list[float], most: float) -> dict[str, float]:
     """The meter of a rollout, from the sums and the largest gap of all ranks.
 
-        d             = log pi(token) - log mu(token)       trainer's and sampler's log-prob
-        sampler_gap   = mean |d|
-        sampler_max   = max |d|
-        sampler_k3    = mean exp(d) - 1 - d                 KL(mu || pi) per token
-        sampler_ess   = (sum rho)^2 / (n sum rho^2)         rho = exp(d), 1 where nothing differs
+    d             = log pi(token) - log mu(token)       trainer's and sampler's log-prob
+    sampler_gap   = mean |d|
+    sampler_max   = max |d|
+    sampler_k3    = mean exp(d) - 1 - d                 KL(mu || pi) per token
+    sampler_ess   = (sum rho)^2 / (n sum rho^2)         rho = exp(d), 1 where nothing differs
     """
     gap, k3, ratio, square, tokens = totals
     count = max(tokens, 1.0)

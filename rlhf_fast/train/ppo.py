@@ -302,9 +302,9 @@ def describe(
     if gold is not None:
         per_response["gold"] = gold
     compared = rollout.sampled_logprob, rollout.logprob, rollout.mask
-    meter = mismatch.sums(*compared)
+    gaps = mismatch.sums(*compared)
     sums = [x.double().sum() for x in per_response.values()]
-    sums += [rollout.entropy.double().sum(), meter.new_tensor(len(rollout)), *meter]
+    sums += [rollout.entropy.double().sum(), gaps.new_tensor(len(rollout)), *gaps]
     found = run.sum(torch.stack(sums)).tolist()
     values, (entropy, count, *meter) = found[: len(per_response)], found[len(per_response) :]
     tokens = meter[-1]
