@@ -52,7 +52,7 @@ void check_dtype(int dtype, const char* name) {
 using RowsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, Address,
                              Address, Address, float, float, int64_t>;
 
-LogitRows logit_rows(const RowsTuple& t, int threads) {
+LogitRows logit_rows(int threads, const RowsTuple& t) {
   const auto& [logits, dtype, rows, vocabulary, inner, stride_outer, stride_inner, ids, mask,
                temperatures, temperature, softcap, ignore_index] = t;
   check_dtype(dtype, "dtype");
@@ -78,10 +78,10 @@ LogitRows logit_rows(const RowsTuple& t, int threads) {
   return in;
 }
 
-LogprobArgs logprob_args(const RowsTuple& rows, int threads, Address logprob, Address entropy,
+LogprobArgs logprob_args(int threads, const RowsTuple& rows, Address logprob, Address entropy,
                          Address row_max, Address log_sum) {
   LogprobArgs args;
-  args.in = logit_rows(rows, threads);
+  args.in = logit_rows(threads, rows);
   args.logprob = required<float>(logprob, "logprob");
   args.row_max = required<float>(row_max, "row_max");
   args.log_sum = required<float>(log_sum, "log_sum");
@@ -89,7 +89,7 @@ LogprobArgs logprob_args(const RowsTuple& rows, int threads, Address logprob, Ad
   return args;
 }
 
-LogprobBackwardArgs logprob_backward_args(const RowsTuple& rows, int threads, Address grad_logprob,
+LogprobBackwardArgs logprob_backward_args(int threads, const RowsTuple& rows, Address grad_logprob,
                                           Address grad_entropy, Address row_max, Address log_sum,
                                           Address entropy, Address out, int out_dtype,
                                           Address places) {
@@ -97,7 +97,7 @@ LogprobBackwardArgs logprob_backward_args(const RowsTuple& rows, int threads, Ad
              "out_dtype: expected that of the logits, got " + std::to_string(out_dtype));
   check_dtype(out_dtype, "out_dtype");
   LogprobBackwardArgs args;
-  args.in = logit_rows(rows, threads);
+  args.in = logit_rows(threads, rows);
   args.grad_logprob = required<float>(grad_logprob, "grad_logprob");
   args.row_max = required<float>(row_max, "row_max");
   args.log_sum = required<float>(log_sum, "log_sum");
@@ -109,21 +109,21 @@ LogprobBackwardArgs logprob_backward_args(const RowsTuple& rows, int threads, Ad
   return args;
 }
 
-LogprobGradArgs logprob_grad_args(const RowsTuple& rows, int threads, Address logprob,
+LogprobGradArgs logprob_grad_args(int threads, const RowsTuple& rows, Address logprob,
                                   Address entropy, Address row_max, Address log_sum,
                                   Address grad_logprob, Address grad_entropy, Address out) {
   LogprobGradArgs args;
   required<float>(entropy, "entropy");
-  args.forward = logprob_args(rows, threads, logprob, entropy, row_max, log_sum);
-  args.backward = logprob_backward_args(rows, threads, grad_logprob, grad_entropy, row_max, log_sum,
+  args.forward = logprob_args(threads, rows, logprob, entropy, row_max, log_sum);
+  args.backward = logprob_backward_args(threads, rows, grad_logprob, grad_entropy, row_max, log_sum,
                                         entropy, out, std::get<1>(rows), 0);
   return args;
 }
 
-GaeArgs gae_args(Address rewards, Address values, Address offsets, Address mask, Address dones,
-                 Address bootstrap, Address advantages, Address returns, int64_t rows,
-                 int64_t length, float bootstrap_value, float gamma, float decay,
-                 float decay_returns, bool carry, int threads) {
+GaeArgs gae_args(int threads, Address rewards, Address values, Address offsets, Address mask,
+                 Address dones, Address bootstrap, Address advantages, Address returns,
+                 int64_t rows, int64_t length, float bootstrap_value, float gamma, float decay,
+                 float decay_returns, bool carry) {
   check_positive(rows, "rows");
   check_positive(length, "length");
   check_positive(threads, "threads");
@@ -148,15 +148,16 @@ GaeArgs gae_args(Address rewards, Address values, Address offsets, Address mask,
 }
 
 // (logprob, old_logprob, advantages, weights, values, old_values, returns, entropy, ref_logprob,
-//  mask, grad_logprob, grad_advantages, grad_values, grad_entropy, loss, stats, normalizer),
+//  mask, grad_logprob, grad_advantages, grad_values, grad_entropy, loss, stats, normalizer,
+//  workspace),
 // (divisor, kind, estimator, reduction, clip_low, clip_high, dual_clip, value_clip, value_coef,
 //  entropy_coef, kl_coef) as _native.py packs them.
-using LossAddresses = std::array<Address, 17>;
+using LossAddresses = std::array<Address, 18>;
 using LossOptions =
     std::tuple<double, int, int, int, float, float, float, float, float, float, float>;
 
-PpoLossArgs ppo_loss_args(const LossAddresses& a, const LossOptions& options, int64_t rows,
-                          int64_t length, int threads) {
+PpoLossArgs ppo_loss_args(int threads, const LossAddresses& a, const LossOptions& options,
+                          int64_t rows, int64_t length) {
   check_positive(rows, "rows");
   check_positive(length, "length");
   check_positive(threads, "threads");
@@ -178,6 +179,7 @@ PpoLossArgs ppo_loss_args(const LossAddresses& a, const LossOptions& options, in
   args.loss = required<float>(a[14], "loss");
   args.stats = required<float>(a[15], "stats");
   args.normalizer = pointer<float>(a[16]);
+  args.workspace = pointer<void>(a[17]);
   int reduction;
   std::tie(args.divisor, args.kind, args.estimator, reduction, args.clip_low, args.clip_high,
            args.dual_clip, args.value_clip, args.value_coef, args.entropy_coef, args.kl_coef) =
@@ -189,9 +191,9 @@ PpoLossArgs ppo_loss_args(const LossAddresses& a, const LossOptions& options, in
   return args;
 }
 
-KlEstimateArgs kl_estimate_args(Address logprob, Address ref_logprob, Address mask, Address grad,
-                                Address out, int64_t count, int estimator, float clamp_in,
-                                float clamp_out, int threads) {
+KlEstimateArgs kl_estimate_args(int threads, Address logprob, Address ref_logprob, Address mask,
+                                Address grad, Address out, int64_t count, int estimator,
+                                float clamp_in, float clamp_out) {
   RLHF_CHECK(estimator >= 0 && estimator <= 3,
              "estimator: expected 0 to 3, got " + std::to_string(estimator));
   check_positive(count, "count");
@@ -229,9 +231,9 @@ LogitRows ref_rows(const RefTuple& t) {
 // (kl, logprob, ref_logprob, entropy, row_max, log_sum, ref_row_max, ref_log_sum)
 using KlOutputs = std::array<Address, 8>;
 
-KlArgs kl_args(const RowsTuple& rows, const RefTuple& ref, int threads, const KlOutputs& out) {
+KlArgs kl_args(int threads, const RowsTuple& rows, const RefTuple& ref, const KlOutputs& out) {
   KlArgs args;
-  args.in = logit_rows(rows, threads);
+  args.in = logit_rows(threads, rows);
   args.ref = ref_rows(ref);
   args.kl = required<float>(out[0], "kl");
   args.logprob = required<float>(out[1], "logprob");
@@ -247,10 +249,10 @@ KlArgs kl_args(const RowsTuple& rows, const RefTuple& ref, int threads, const Kl
 // (grad_kl, grad_logprob, grad_entropy, row_max, log_sum, ref_row_max, ref_log_sum, kl, entropy)
 using KlInputs = std::array<Address, 9>;
 
-KlBackwardArgs kl_backward_args(const RowsTuple& rows, const RefTuple& ref, int threads,
+KlBackwardArgs kl_backward_args(int threads, const RowsTuple& rows, const RefTuple& ref,
                                 const KlInputs& in, Address out) {
   KlBackwardArgs args;
-  args.in = logit_rows(rows, threads);
+  args.in = logit_rows(threads, rows);
   args.ref = ref_rows(ref);
   args.grad_kl = required<float>(in[0], "grad_kl");
   args.grad_logprob = pointer<float>(in[1]);
@@ -266,13 +268,13 @@ KlBackwardArgs kl_backward_args(const RowsTuple& rows, const RefTuple& ref, int 
 }
 
 // `grads` are (grad_kl, grad_logprob, grad_entropy).
-KlGradArgs kl_grad_args(const RowsTuple& rows, const RefTuple& ref, int threads,
+KlGradArgs kl_grad_args(int threads, const RowsTuple& rows, const RefTuple& ref,
                         const KlOutputs& out, const std::array<Address, 3>& grads, Address grad) {
   const auto& [kl, logprob, ref_logprob, entropy, row_max, log_sum, ref_row_max, ref_log_sum] = out;
   KlGradArgs args;
-  args.forward = kl_args(rows, ref, threads, out);
+  args.forward = kl_args(threads, rows, ref, out);
   args.backward = kl_backward_args(
-      rows, ref, threads,
+      threads, rows, ref,
       {grads[0], grads[1], grads[2], row_max, log_sum, ref_row_max, ref_log_sum, kl, entropy},
       grad);
   return args;
@@ -283,7 +285,7 @@ KlGradArgs kl_grad_args(const RowsTuple& rows, const RefTuple& ref, int threads,
 using SampleTuple = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t, float,
                                Address, int64_t, Address, double, Address, double, Address>;
 
-SampleRows sample_rows(const SampleTuple& t, int threads) {
+SampleRows sample_rows(int threads, const SampleTuple& t) {
   const auto& [logits, dtype, rows, vocabulary, inner, stride_outer, stride_inner, temperature,
                temperatures, top_k, top_ks, top_p, top_ps, min_p, min_ps] = t;
   RLHF_CHECK(dtype >= 0 && dtype <= 2, "dtype: expected 0, 1 or 2, got " + std::to_string(dtype));
@@ -315,11 +317,11 @@ SampleRows sample_rows(const SampleTuple& t, int threads) {
 using SampleAddresses = std::tuple<Address, int64_t, int64_t, Address, int64_t, Address, Address,
                                    Address, Address, Address>;
 
-SampleArgs sample_args(const SampleTuple& rows, const SampleAddresses& addresses, int threads) {
+SampleArgs sample_args(int threads, const SampleTuple& rows, const SampleAddresses& addresses) {
   const auto& [mask, mask_stride, seed, seeds, position, positions, ids, logprob, log_mass,
                entropy] = addresses;
   SampleArgs args;
-  args.in = sample_rows(rows, threads);
+  args.in = sample_rows(threads, rows);
   args.mask = pointer<uint8_t>(mask);
   args.mask_stride = mask_stride;
   args.seed = seed;
@@ -340,8 +342,8 @@ using AdvantagesAddresses = std::array<Address, 11>;
 using AdvantagesOptions =
     std::tuple<float, int, float, float, float, float, bool, bool, bool, double>;
 
-AdvantagesArgs advantages_args(const AdvantagesAddresses& a, const AdvantagesOptions& options,
-                               int64_t rows, int64_t length, int threads) {
+AdvantagesArgs advantages_args(int threads, const AdvantagesAddresses& a,
+                               const AdvantagesOptions& options, int64_t rows, int64_t length) {
   check_positive(rows, "rows");
   check_positive(length, "length");
   check_positive(threads, "threads");
@@ -365,8 +367,8 @@ AdvantagesArgs advantages_args(const AdvantagesAddresses& a, const AdvantagesOpt
   return args;
 }
 
-MomentsArgs moments_args(Address x, Address mask, Address out, int64_t size, int64_t parts,
-                         int threads) {
+MomentsArgs moments_args(int threads, Address x, Address mask, Address out, int64_t size,
+                         int64_t parts) {
   check_positive(size, "size");
   check_positive(parts, "parts");
   check_positive(threads, "threads");
@@ -378,8 +380,8 @@ MomentsArgs moments_args(Address x, Address mask, Address out, int64_t size, int
           threads};
 }
 
-WhitenArgs whiten_args(Address x, Address mask, Address out, int64_t size, Address moments,
-                       int64_t parts, bool shift_mean, bool unbiased, double eps, int threads) {
+WhitenArgs whiten_args(int threads, Address x, Address mask, Address out, int64_t size,
+                       Address moments, int64_t parts, bool shift_mean, bool unbiased, double eps) {
   check_positive(size, "size");
   check_positive(parts, "parts");
   check_positive(threads, "threads");
@@ -397,16 +399,17 @@ WhitenArgs whiten_args(Address x, Address mask, Address out, int64_t size, Addre
   return args;
 }
 
-GroupArgs group_args(Address scores, Address ids, Address out, int64_t rows, int kind, double eps) {
+GroupArgs group_args(int, Address scores, Address ids, Address out, int64_t rows, int kind,
+                     double eps) {
   check_positive(rows, "rows");
   return {required<float>(scores, "scores"), required<int64_t>(ids, "ids"),
           required<float>(out, "out"),       rows,
           static_cast<GroupKind>(kind),      eps};
 }
 
-RankingLossArgs ranking_loss_args(Address scores, Address ranks, Address float_ranks, Address mask,
-                                  Address grad, Address loss, Address parts, int64_t prompts,
-                                  int64_t completions, float margin, int threads) {
+RankingLossArgs ranking_loss_args(int threads, Address scores, Address ranks, Address float_ranks,
+                                  Address mask, Address grad, Address loss, Address parts,
+                                  int64_t prompts, int64_t completions, float margin) {
   check_positive(prompts, "prompts");
   check_positive(completions, "completions");
   check_positive(threads, "threads");
@@ -425,6 +428,97 @@ RankingLossArgs ranking_loss_args(Address scores, Address ranks, Address float_r
   return args;
 }
 
+ReplayArgs replay_args(int threads, const SampleTuple& rows, Address ids, Address logprob,
+                       Address log_mass, Address tau, Address last, Address log_kept,
+                       Address log_sum) {
+  ReplayArgs args;
+  args.in = sample_rows(threads, rows);
+  args.ids = required<int64_t>(ids, "ids");
+  args.logprob = required<float>(logprob, "logprob");
+  args.log_mass = required<float>(log_mass, "log_mass");
+  args.tau = required<float>(tau, "tau");
+  args.last = required<int64_t>(last, "last");
+  args.log_kept = required<float>(log_kept, "log_kept");
+  args.log_sum = required<float>(log_sum, "log_sum");
+  return args;
+}
+
+ReplayBackwardArgs replay_backward_args(int threads, const SampleTuple& rows, Address grad_logprob,
+                                        Address grad_log_mass, Address ids, Address tau,
+                                        Address last, Address log_kept, Address log_sum,
+                                        Address out) {
+  ReplayBackwardArgs args;
+  args.in = sample_rows(threads, rows);
+  args.grad_logprob = required<float>(grad_logprob, "grad_logprob");
+  args.grad_log_mass = required<float>(grad_log_mass, "grad_log_mass");
+  args.ids = required<int64_t>(ids, "ids");
+  args.tau = required<float>(tau, "tau");
+  args.last = required<int64_t>(last, "last");
+  args.log_kept = required<float>(log_kept, "log_kept");
+  args.log_sum = required<float>(log_sum, "log_sum");
+  args.out = required<void>(out, "out");
+  return args;
+}
+
+DecodeAttentionArgs decode_attention_args(int threads, Address query, Address keys, Address values,
+                                          Address lengths, Address out, int dtype, int64_t slots,
+                                          int64_t key_heads, int64_t group, int64_t columns,
+                                          int64_t size, const std::array<int64_t, 3>& key_strides,
+                                          const std::array<int64_t, 3>& value_strides,
+                                          int64_t window, float scale, float softcap) {
+  for (int64_t value : {slots, key_heads, group, columns, size}) check_positive(value, "sizes");
+  check_positive(threads, "threads");
+  DecodeAttentionArgs args;
+  args.query = required<void>(query, "query");
+  args.keys = required<void>(keys, "keys");
+  args.values = required<void>(values, "values");
+  args.lengths = required<int64_t>(lengths, "lengths");
+  args.out = required<void>(out, "out");
+  args.dtype = static_cast<Dtype>(dtype);
+  args.slots = slots;
+  args.key_heads = key_heads;
+  args.group = group;
+  args.columns = columns;
+  args.size = size;
+  std::copy(key_strides.begin(), key_strides.end(), args.key_strides);
+  std::copy(value_strides.begin(), value_strides.end(), args.value_strides);
+  args.window = window;
+  args.scale = scale;
+  args.softcap = softcap;
+  args.threads = threads;
+  return args;
+}
+
+// Defines cpu_<name>(threads, what `make` takes...).
+template <class Args, class... In>
+void define_cpu(py::module_& m, const std::string& name, Args (*make)(int, In...),
+                void (*kernel)(const Args&)) {
+  m.def(("cpu_" + name).c_str(), [make, kernel](int threads, In... in) {
+    const Args args = make(threads, in...);
+    py::gil_scoped_release released;
+    kernel(args);
+  });
+}
+
+// Defines cuda_<name>(device, stream, what `make` takes...).
+template <class Args, class... In>
+void define_cuda(py::module_& m, const std::string& name, Args (*make)(int, In...),
+                 void (*kernel)(const Args&, int, void*)) {
+  m.def(("cuda_" + name).c_str(), [make, kernel](int device, Address stream, In... in) {
+    const Args args = make(1, in...);
+    py::gil_scoped_release released;
+    kernel(args, device, pointer<void>(stream));
+  });
+}
+
+#if RLHF_WITH_CUDA
+#define RLHF_DEFINE_CUDA(name, make) define_cuda(m, #name, make, cuda::name)
+#else
+#define RLHF_DEFINE_CUDA(name, make) static_cast<void>(0)
+#endif
+#define RLHF_DEFINE_CPU(name, make) define_cpu(m, #name, make, cpu::name)
+#define RLHF_DEFINE(name, make) RLHF_DEFINE_CPU(name, make), RLHF_DEFINE_CUDA(name, make)
+
 }  // namespace
 }  // namespace rlhf
 
@@ -436,310 +530,42 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "The instruction sets that this processor has, the slowest first.");
   m.def("set_isa", &set_isa, "Use one of `isas()` from now on.");
 
-  m.def("cpu_logprob", [](const RowsTuple& rows, int threads, Address logprob, Address entropy,
-                          Address row_max, Address log_sum) {
-    const auto args = logprob_args(rows, threads, logprob, entropy, row_max, log_sum);
-    py::gil_scoped_release released;
-    cpu::logprob(args);
-  });
-  m.def("cpu_logprob_backward", [](const RowsTuple& rows, int threads, Address grad_logprob,
-                                   Address grad_entropy, Address row_max, Address log_sum,
-                                   Address entropy, Address out, int out_dtype, Address places) {
-    const auto args = logprob_backward_args(rows, threads, grad_logprob, grad_entropy, row_max,
-                                            log_sum, entropy, out, out_dtype, places);
-    py::gil_scoped_release released;
-    cpu::logprob_backward(args);
-  });
-  m.def("cpu_logprob_and_grad",
-        [](const RowsTuple& rows, int threads, Address logprob, Address entropy, Address row_max,
-           Address log_sum, Address grad_logprob, Address grad_entropy, Address out) {
-          const auto args = logprob_grad_args(rows, threads, logprob, entropy, row_max, log_sum,
-                                              grad_logprob, grad_entropy, out);
-          py::gil_scoped_release released;
-          cpu::logprob_and_grad(args);
-        });
-  m.def("cpu_gae", [](Address rewards, Address values, Address offsets, Address mask, Address dones,
-                      Address bootstrap, Address advantages, Address returns, int64_t rows,
-                      int64_t length, float bootstrap_value, float gamma, float decay,
-                      float decay_returns, bool carry, int threads) {
-    const auto args =
-        gae_args(rewards, values, offsets, mask, dones, bootstrap, advantages, returns, rows,
-                 length, bootstrap_value, gamma, decay, decay_returns, carry, threads);
-    py::gil_scoped_release released;
-    cpu::gae(args);
-  });
-  m.def("cpu_ppo_loss", [](const LossAddresses& addresses, const LossOptions& options, int64_t rows,
-                           int64_t length, int threads) {
-    const auto args = ppo_loss_args(addresses, options, rows, length, threads);
-    py::gil_scoped_release released;
-    cpu::ppo_loss(args);
-  });
-
-  m.def("cpu_decode_attention",
-        [](Address query, Address keys, Address values, Address lengths, Address out, int dtype,
-           int64_t slots, int64_t key_heads, int64_t group, int64_t columns, int64_t size,
-           const std::array<int64_t, 3>& key_strides, const std::array<int64_t, 3>& value_strides,
-           int64_t window, float scale, float softcap, int threads) {
-          for (int64_t value : {slots, key_heads, group, columns, size})
-            check_positive(value, "sizes");
-          check_positive(threads, "threads");
-          DecodeAttentionArgs args;
-          args.query = required<void>(query, "query");
-          args.keys = required<void>(keys, "keys");
-          args.values = required<void>(values, "values");
-          args.lengths = required<int64_t>(lengths, "lengths");
-          args.out = required<void>(out, "out");
-          args.dtype = static_cast<Dtype>(dtype);
-          args.slots = slots;
-          args.key_heads = key_heads;
-          args.group = group;
-          args.columns = columns;
-          args.size = size;
-          std::copy(key_strides.begin(), key_strides.end(), args.key_strides);
-          std::copy(value_strides.begin(), value_strides.end(), args.value_strides);
-          args.window = window;
-          args.scale = scale;
-          args.softcap = softcap;
-          args.threads = threads;
-          py::gil_scoped_release released;
-          cpu::decode_attention(args);
-        });
-
+  RLHF_DEFINE(logprob, logprob_args);
+  RLHF_DEFINE(logprob_backward, logprob_backward_args);
+  RLHF_DEFINE(logprob_and_grad, logprob_grad_args);
+  RLHF_DEFINE(kl_estimate, kl_estimate_args);
+  RLHF_DEFINE(kl_estimate_backward, kl_estimate_args);
+  RLHF_DEFINE(kl, kl_args);
+  RLHF_DEFINE(kl_backward, kl_backward_args);
+  RLHF_DEFINE(kl_and_grad, kl_grad_args);
+  RLHF_DEFINE(gae, gae_args);
+  RLHF_DEFINE(advantages, advantages_args);
+  RLHF_DEFINE(moments, moments_args);
+  RLHF_DEFINE(whiten, whiten_args);
+  RLHF_DEFINE(group_advantages, group_args);
+  RLHF_DEFINE(ppo_loss, ppo_loss_args);
+  RLHF_DEFINE(ranking_loss, ranking_loss_args);
+  RLHF_DEFINE_CPU(decode_attention, decode_attention_args);
+  RLHF_DEFINE_CPU(replay_logprob, replay_args);
+  RLHF_DEFINE_CPU(replay_logprob_backward, replay_backward_args);
+  RLHF_DEFINE_CUDA(sample, sample_args);
   m.def(
       "cpu_sample",
-      [](const SampleTuple& rows, const SampleAddresses& addresses, int threads) {
-        const SampleArgs args = sample_args(rows, addresses, threads);
+      [](int threads, const SampleTuple& rows, const SampleAddresses& addresses) {
+        const SampleArgs args = sample_args(threads, rows, addresses);
         py::gil_scoped_release released;
         cpu::sample(args);
         return std::all_of(args.ids, args.ids + args.in.rows, [](int64_t id) { return id >= 0; });
       },
       "Whether a token was drawn in every row.");
-  m.def("cpu_replay_logprob",
-        [](const SampleTuple& rows, int threads, Address ids, Address logprob, Address log_mass,
-           Address tau, Address last, Address log_kept, Address log_sum) {
-          ReplayArgs args;
-          args.in = sample_rows(rows, threads);
-          args.ids = required<int64_t>(ids, "ids");
-          args.logprob = required<float>(logprob, "logprob");
-          args.log_mass = required<float>(log_mass, "log_mass");
-          args.tau = required<float>(tau, "tau");
-          args.last = required<int64_t>(last, "last");
-          args.log_kept = required<float>(log_kept, "log_kept");
-          args.log_sum = required<float>(log_sum, "log_sum");
-          py::gil_scoped_release released;
-          cpu::replay_logprob(args);
-        });
-  m.def("cpu_replay_logprob_backward",
-        [](const SampleTuple& rows, int threads, Address grad_logprob, Address grad_log_mass,
-           Address ids, Address tau, Address last, Address log_kept, Address log_sum, Address out) {
-          ReplayBackwardArgs args;
-          args.in = sample_rows(rows, threads);
-          args.grad_logprob = required<float>(grad_logprob, "grad_logprob");
-          args.grad_log_mass = required<float>(grad_log_mass, "grad_log_mass");
-          args.ids = required<int64_t>(ids, "ids");
-          args.tau = required<float>(tau, "tau");
-          args.last = required<int64_t>(last, "last");
-          args.log_kept = required<float>(log_kept, "log_kept");
-          args.log_sum = required<float>(log_sum, "log_sum");
-          args.out = required<void>(out, "out");
-          py::gil_scoped_release released;
-          cpu::replay_logprob_backward(args);
-        });
-  m.def("cpu_kl_estimate",
-        [](Address logprob, Address ref_logprob, Address mask, Address out, int64_t count,
-           int estimator, float clamp_in, float clamp_out, int threads) {
-          const auto args = kl_estimate_args(logprob, ref_logprob, mask, 0, out, count, estimator,
-                                             clamp_in, clamp_out, threads);
-          py::gil_scoped_release released;
-          cpu::kl_estimate(args);
-        });
-  m.def("cpu_kl_estimate_backward",
-        [](Address grad, Address logprob, Address ref_logprob, Address mask, Address out,
-           int64_t count, int estimator, float clamp_in, float clamp_out, int threads) {
-          const auto args = kl_estimate_args(logprob, ref_logprob, mask, grad, out, count,
-                                             estimator, clamp_in, clamp_out, threads);
-          py::gil_scoped_release released;
-          cpu::kl_estimate_backward(args);
-        });
-  m.def("cpu_kl",
-        [](const RowsTuple& rows, const RefTuple& ref, int threads, const KlOutputs& out) {
-          const auto args = kl_args(rows, ref, threads, out);
-          py::gil_scoped_release released;
-          cpu::kl(args);
-        });
-  m.def("cpu_kl_backward", [](const RowsTuple& rows, const RefTuple& ref, int threads,
-                              const KlInputs& in, Address out) {
-    const auto args = kl_backward_args(rows, ref, threads, in, out);
-    py::gil_scoped_release released;
-    cpu::kl_backward(args);
-  });
-  m.def("cpu_kl_and_grad",
-        [](const RowsTuple& rows, const RefTuple& ref, int threads, const KlOutputs& out,
-           const std::array<Address, 3>& grads, Address grad) {
-          const auto args = kl_grad_args(rows, ref, threads, out, grads, grad);
-          py::gil_scoped_release released;
-          cpu::kl_and_grad(args);
-        });
-  m.def("cpu_advantages", [](const AdvantagesAddresses& addresses, const AdvantagesOptions& options,
-                             int64_t rows, int64_t length, int threads) {
-    const auto args = advantages_args(addresses, options, rows, length, threads);
-    py::gil_scoped_release released;
-    cpu::advantages(args);
-  });
-  m.def("cpu_moments",
-        [](Address x, Address mask, Address out, int64_t size, int64_t parts, int threads) {
-          const auto args = moments_args(x, mask, out, size, parts, threads);
-          py::gil_scoped_release released;
-          cpu::moments(args);
-        });
-  m.def("cpu_whiten", [](Address x, Address mask, Address out, int64_t size, Address moments,
-                         int64_t parts, bool shift_mean, bool unbiased, double eps, int threads) {
-    const auto args =
-        whiten_args(x, mask, out, size, moments, parts, shift_mean, unbiased, eps, threads);
-    py::gil_scoped_release released;
-    cpu::whiten(args);
-  });
-  m.def("cpu_group_advantages",
-        [](Address scores, Address ids, Address out, int64_t rows, int kind, double eps, int) {
-          const auto args = group_args(scores, ids, out, rows, kind, eps);
-          py::gil_scoped_release released;
-          cpu::group_advantages(args);
-        });
-  m.def("cpu_ranking_loss", [](Address scores, Address ranks, Address float_ranks, Address mask,
-                               Address grad, Address loss, Address parts, int64_t prompts,
-                               int64_t completions, float margin, int threads) {
-    const auto args = ranking_loss_args(scores, ranks, float_ranks, mask, grad, loss, parts,
-                                        prompts, completions, margin, threads);
-    py::gil_scoped_release released;
-    cpu::ranking_loss(args);
-  });
-
 #if RLHF_WITH_CUDA
-  m.def("cuda_logprob", [](const RowsTuple& rows, int device, Address stream, Address logprob,
-                           Address entropy, Address row_max, Address log_sum) {
-    const auto args = logprob_args(rows, 1, logprob, entropy, row_max, log_sum);
-    py::gil_scoped_release released;
-    cuda::logprob(args, device, pointer<void>(stream));
-  });
-  m.def("cuda_logprob_backward",
-        [](const RowsTuple& rows, int device, Address stream, Address grad_logprob,
-           Address grad_entropy, Address row_max, Address log_sum, Address entropy, Address out,
-           int out_dtype, Address places) {
-          const auto args = logprob_backward_args(rows, 1, grad_logprob, grad_entropy, row_max,
-                                                  log_sum, entropy, out, out_dtype, places);
-          py::gil_scoped_release released;
-          cuda::logprob_backward(args, device, pointer<void>(stream));
-        });
-  m.def("cuda_logprob_and_grad",
-        [](const RowsTuple& rows, int device, Address stream, Address logprob, Address entropy,
-           Address row_max, Address log_sum, Address grad_logprob, Address grad_entropy,
-           Address out) {
-          const auto args = logprob_grad_args(rows, 1, logprob, entropy, row_max, log_sum,
-                                              grad_logprob, grad_entropy, out);
-          py::gil_scoped_release released;
-          cuda::logprob_and_grad(args, device, pointer<void>(stream));
-        });
-  m.def("cuda_gae", [](Address rewards, Address values, Address offsets, Address mask,
-                       Address dones, Address bootstrap, Address advantages, Address returns,
-                       int64_t rows, int64_t length, float bootstrap_value, float gamma,
-                       float decay, float decay_returns, bool carry, int device, Address stream) {
-    const auto args =
-        gae_args(rewards, values, offsets, mask, dones, bootstrap, advantages, returns, rows,
-                 length, bootstrap_value, gamma, decay, decay_returns, carry, 1);
-    py::gil_scoped_release released;
-    cuda::gae(args, device, pointer<void>(stream));
-  });
-  m.def("cuda_ppo_loss",
-        [](const LossAddresses& addresses, const LossOptions& options, int64_t rows, int64_t length,
-           Address workspace, int device, Address stream) {
-          const auto args = ppo_loss_args(addresses, options, rows, length, 1);
-          void* const space = required<void>(workspace, "workspace");
-          py::gil_scoped_release released;
-          cuda::ppo_loss(args, space, device, pointer<void>(stream));
-        });
   m.def("cuda_scale_unit_gradient",
-        [](Address grad, Address unit, Address out, int64_t size, int device, Address stream) {
+        [](int device, Address stream, Address grad, Address unit, Address out, int64_t size) {
           check_positive(size, "size");
           const auto *g = required<float>(grad, "grad"), *u = required<float>(unit, "unit");
           auto* const product = required<float>(out, "out");
           py::gil_scoped_release released;
           cuda::scale_unit_gradient(g, u, product, size, device, pointer<void>(stream));
         });
-  m.def("cuda_kl_estimate",
-        [](Address logprob, Address ref_logprob, Address mask, Address out, int64_t count,
-           int estimator, float clamp_in, float clamp_out, int device, Address stream) {
-          const auto args = kl_estimate_args(logprob, ref_logprob, mask, 0, out, count, estimator,
-                                             clamp_in, clamp_out, 1);
-          py::gil_scoped_release released;
-          cuda::kl_estimate(args, device, pointer<void>(stream));
-        });
-  m.def("cuda_kl_estimate_backward",
-        [](Address grad, Address logprob, Address ref_logprob, Address mask, Address out,
-           int64_t count, int estimator, float clamp_in, float clamp_out, int device,
-           Address stream) {
-          const auto args = kl_estimate_args(logprob, ref_logprob, mask, grad, out, count,
-                                             estimator, clamp_in, clamp_out, 1);
-          py::gil_scoped_release released;
-          cuda::kl_estimate_backward(args, device, pointer<void>(stream));
-        });
-  m.def("cuda_kl", [](const RowsTuple& rows, const RefTuple& ref, int device, Address stream,
-                      const KlOutputs& out) {
-    const auto args = kl_args(rows, ref, 1, out);
-    py::gil_scoped_release released;
-    cuda::kl(args, device, pointer<void>(stream));
-  });
-  m.def("cuda_kl_backward", [](const RowsTuple& rows, const RefTuple& ref, int device,
-                               Address stream, const KlInputs& in, Address out) {
-    const auto args = kl_backward_args(rows, ref, 1, in, out);
-    py::gil_scoped_release released;
-    cuda::kl_backward(args, device, pointer<void>(stream));
-  });
-  m.def("cuda_kl_and_grad",
-        [](const RowsTuple& rows, const RefTuple& ref, int device, Address stream,
-           const KlOutputs& out, const std::array<Address, 3>& grads, Address grad) {
-          const auto args = kl_grad_args(rows, ref, 1, out, grads, grad);
-          py::gil_scoped_release released;
-          cuda::kl_and_grad(args, device, pointer<void>(stream));
-        });
-  m.def("cuda_advantages",
-        [](const AdvantagesAddresses& addresses, const AdvantagesOptions& options, int64_t rows,
-           int64_t length, int device, Address stream) {
-          const auto args = advantages_args(addresses, options, rows, length, 1);
-          py::gil_scoped_release released;
-          cuda::advantages(args, device, pointer<void>(stream));
-        });
-  m.def("cuda_moments", [](Address x, Address mask, Address out, int64_t size, int64_t parts,
-                           int device, Address stream) {
-    const auto args = moments_args(x, mask, out, size, parts, 1);
-    py::gil_scoped_release released;
-    cuda::moments(args, device, pointer<void>(stream));
-  });
-  m.def("cuda_whiten", [](Address x, Address mask, Address out, int64_t size, Address moments,
-                          int64_t parts, bool shift_mean, bool unbiased, double eps, int device,
-                          Address stream) {
-    const auto args = whiten_args(x, mask, out, size, moments, parts, shift_mean, unbiased, eps, 1);
-    py::gil_scoped_release released;
-    cuda::whiten(args, device, pointer<void>(stream));
-  });
-  m.def("cuda_group_advantages", [](Address scores, Address ids, Address out, int64_t rows,
-                                    int kind, double eps, int device, Address stream) {
-    const auto args = group_args(scores, ids, out, rows, kind, eps);
-    py::gil_scoped_release released;
-    cuda::group_advantages(args, device, pointer<void>(stream));
-  });
-  m.def("cuda_sample",
-        [](const SampleTuple& rows, const SampleAddresses& addresses, int device, Address stream) {
-          const SampleArgs args = sample_args(rows, addresses, 1);
-          py::gil_scoped_release released;
-          cuda::sample(args, device, pointer<void>(stream));
-        });
-  m.def("cuda_ranking_loss", [](Address scores, Address ranks, Address float_ranks, Address mask,
-                                Address grad, Address loss, Address parts, int64_t prompts,
-                                int64_t completions, float margin, int device, Address stream) {
-    const auto args = ranking_loss_args(scores, ranks, float_ranks, mask, grad, loss, parts,
-                                        prompts, completions, margin, 1);
-    py::gil_scoped_release released;
-    cuda::ranking_loss(args, device, pointer<void>(stream));
-  });
 #endif
 }

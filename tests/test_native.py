@@ -217,7 +217,7 @@ def test_an_unfit_place_for_the_gradient_is_refused():
     logits, ids = randn(4, 6, seed=1), tokens_of(4, 6)
     call = options()
     out, *saved = native.logprob(logits, ids, *call)
-    for place in (torch.empty(4, 5), torch.empty(4, 6).bfloat16(), torch.empty(6, 4).T):
+    for place in (torch.empty(4, 5), torch.empty(4, 6).double(), torch.empty(6, 4).T):
         with pytest.raises(ValueError, match="out: expected a contiguous float32"):
             native.logprob_backward(out, None, logits, ids, *call, *saved, None, out=place)
 
@@ -231,7 +231,7 @@ def test_wrong_types_are_refused():
         native_gae.gae(x, x, None, None, None, 0.0, 1.0, 1.0, None, True)
     with pytest.raises(ValueError, match="logits: expected an address, got 0"):
         rows = (0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1.0, 0.0, -100)
-        _C.cpu_logprob(rows, 1, 1, 0, 1, 1)
+        _C.cpu_logprob(1, rows, 1, 0, 1, 1)
 
 
 # ------------------------------------------------------------------------------ GAE

@@ -153,12 +153,12 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void ppo_loss(const PpoLossArgs& args, void* workspace, int device, void* stream) {
+void ppo_loss(const PpoLossArgs& args, int device, void* stream) {
   const std::string what =
       "ppo_loss: rows " + std::to_string(args.rows) + ", length " + std::to_string(args.length);
   const int64_t parts = args.rows * ((args.length + kPart - 1) / kPart);
   Workspace work;
-  work.blocks = static_cast<Sums*>(workspace);
+  work.blocks = static_cast<Sums*>(args.workspace);
   work.log_ratios = reinterpret_cast<double*>(work.blocks + kMostBlocks);
   work.counts = reinterpret_cast<int*>(work.log_ratios + parts);
   DeviceGuard guard(device);

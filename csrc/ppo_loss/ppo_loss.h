@@ -44,7 +44,9 @@ struct PpoLossArgs {
   float *grad_logprob, *grad_advantages, *grad_values, *grad_entropy;
   float *loss, *stats;      // [1], [kStats]
   const float* normalizer;  // [1], or null: `divisor`, or the denominator of the reduction
-  double divisor;           // negative: none
+  // CUDA: 96 bytes for each of 1024 blocks, then 16 for each part of 4096 tokens of a row.
+  void* workspace;
+  double divisor;  // negative: none
   int64_t rows, length;
   int kind, estimator;  // Kind, KlEstimator
   Reduction reduction;
@@ -55,8 +57,7 @@ struct PpoLossArgs {
 };
 
 namespace cuda {
-// `workspace`: 96 bytes for each of 1024 blocks, then 16 for each part of 4096 tokens of a row.
-void ppo_loss(const PpoLossArgs& args, void* workspace, int device, void* stream);
+void ppo_loss(const PpoLossArgs& args, int device, void* stream);
 // out = grad * unit, where grad is one number; `out` may be `unit`.
 void scale_unit_gradient(const float* grad, const float* unit, float* out, int64_t size, int device,
                          void* stream);

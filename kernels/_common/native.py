@@ -1,4 +1,4 @@
-"""What the rooms' `_native.py` files share: addresses, places, and rows of logits.
+"""What the rooms' `_native.py` files share: addresses, kernels, and rows of logits.
 
 Nothing else in the package turns tensors into addresses.
 """
@@ -6,6 +6,8 @@ Nothing else in the package turns tensors into addresses.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,16 +25,13 @@ def address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def kernel(name: str, x: torch.Tensor) -> Callable[..., None]:
-    """The native kernel `name` for tensors on the device of `x`."""
-    return getattr(_C, f"{x.device.type}_{name}")
-
-
-def place(x: torch.Tensor) -> tuple[int, ...]:
-    """(threads,) of a CPU tensor, (device index, stream) of a CUDA tensor."""
+def kernel(name: str, x: torch.Tensor) -> Callable[..., Any]:
+    """The native kernel `name` where `x` is: on torch's threads, or on the current stream."""
     if x.is_cuda:
-        return x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
-    return (torch.get_num_threads(),)
+        device = x.device.index
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        return partial(getattr(_C, f"cuda_{name}"), device, stream)
+    return partial(getattr(_C, f"cpu_{name}"), torch.get_num_threads())
 
 
 def dtype_number(name: str, x: torch.Tensor) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_fast.kernels._common.native import ESTIMATORS, address, kernel, place
+from rlhf_fast.kernels._common.native import ESTIMATORS, address, kernel
 
 from .reference import merge_moments, moments_of_group
 
@@ -35,7 +35,7 @@ def _launch(scores, logprob, ref_logprob, values, mask, at, penalty, options, ou
         kernel("advantages", logprob)(
             [*map(address, tensors)],
             (kl_coef, ESTIMATORS[estimator], _bound(clamp_in), _bound(clamp_out), *options),
-            *logprob.shape, *place(logprob),
+            *logprob.shape,
         )  # fmt: skip
 
 
@@ -99,14 +99,14 @@ def whiten(
     count = min(-(-size // _PART), _MOST_PARTS) if x.is_cuda else 1
     parts = (torch.empty if size else torch.zeros)((count, 3), dtype=torch.float64, device=x.device)
     if size:
-        kernel("moments", x)(x.data_ptr(), address(mask), parts.data_ptr(), size, count, *place(x))
+        kernel("moments", x)(x.data_ptr(), address(mask), parts.data_ptr(), size, count)
     if group:  # every rank calls, one without a token too
         parts = moments_of_group(merge_moments(parts), group).unsqueeze(0)
     out = torch.empty_like(x)
     if size:
         kernel("whiten", x)(
             x.data_ptr(), address(mask), out.data_ptr(), size, parts.data_ptr(), parts.shape[0],
-            shift_mean, unbiased, eps, *place(x),
+            shift_mean, unbiased, eps,
         )  # fmt: skip
     return out
 
@@ -119,6 +119,6 @@ def group_advantages(
     if scores.numel():
         kernel("group_advantages", scores)(
             scores.data_ptr(), group_ids.data_ptr(), out.data_ptr(), scores.numel(),
-            GROUP_KINDS[kind], eps, *place(scores),
+            GROUP_KINDS[kind], eps,
         )  # fmt: skip
     return out

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_fast import _C
-from rlhf_fast.kernels._common.native import dtype_number
+from rlhf_fast.kernels._common.native import dtype_number, kernel
 
 
 def _dense_last(x: torch.Tensor) -> torch.Tensor:
@@ -35,9 +34,9 @@ def decode_attention(
         return out
     if columns == 0:
         return out.zero_()
-    _C.cpu_decode_attention(
+    kernel("decode_attention", query)(
         query.data_ptr(), keys.data_ptr(), values.data_ptr(), lengths.data_ptr(), out.data_ptr(),
         dtype, slots, key_heads, heads // key_heads, columns, size, keys.stride()[:3],
-        values.stride()[:3], window or 0, scale, softcap or 0.0, torch.get_num_threads(),
+        values.stride()[:3], window or 0, scale, softcap or 0.0,
     )  # fmt: skip
     return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_fast.kernels._common.native import address, kernel, place
+from rlhf_fast.kernels._common.native import address, kernel
 
 
 def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -31,7 +31,7 @@ def _launch(
             rewards.data_ptr(), address(values), address(offsets), address(mask),
             address(dones), address(bootstrap), advantages.data_ptr(), address(returns),
             rows, rewards.shape[-1], bootstrap_value, gamma, decay,
-            decay if lam_value is None else gamma * lam_value, carry, *place(rewards),
+            decay if lam_value is None else gamma * lam_value, carry,
         )  # fmt: skip
     return advantages, returns
 

@@ -17,20 +17,18 @@ from rlhf_fast.kernels._common.native import (
     address,
     dtype_number,
     kernel,
-    place,
 )
 
 from .reference import IGNORE_INDEX
 
 
-def _estimate(name, grads, logprob, ref_logprob, mask, estimator, clamp_in, clamp_out):
+def _estimate(name, grad, logprob, ref_logprob, mask, estimator, clamp_in, clamp_out):
     out = torch.empty(logprob.shape, dtype=torch.float32, device=logprob.device)
     if out.numel():
-        vectors = [flat(x) for x in (*grads, logprob, ref_logprob, mask)]
+        vectors = [flat(x) for x in (logprob, ref_logprob, mask, grad)]
         bounds = (math.inf if bound is None else bound for bound in (clamp_in, clamp_out))
         kernel(name, out)(
             *map(address, vectors), out.data_ptr(), out.numel(), ESTIMATORS[estimator], *bounds,
-            *place(out),
         )  # fmt: skip
     return out
 
@@ -45,7 +43,7 @@ class _Pair:
         self.rows = LogitRows(logits, ids, mask, temperature, temperatures, None, IGNORE_INDEX)
         self.ref_logits, *strides = rows_of(ref_logits)
         ref = (self.ref_logits.data_ptr(), ref_dtype, *strides)
-        self.arguments = self.rows.arguments, ref, *place(logits)
+        self.arguments = self.rows.arguments, ref
 
 
 def _full(logits, ref_logits, ids, mask, temperature, temperatures):
@@ -83,7 +81,7 @@ def kl_estimate(
 ) -> torch.Tensor:
     """The estimate of each token; 0 where masked."""
     options = (mask, estimator, clamp_in, clamp_out)
-    return _estimate("kl_estimate", (), logprob, ref_logprob, *options)
+    return _estimate("kl_estimate", None, logprob, ref_logprob, *options)
 
 
 def kl_estimate_backward(
@@ -97,7 +95,7 @@ def kl_estimate_backward(
 ) -> torch.Tensor:
     """Gradient of `logprob`; that of `ref_logprob` is its negative."""
     options = (mask, estimator, clamp_in, clamp_out)
-    return _estimate("kl_estimate_backward", (grad,), logprob, ref_logprob, *options)
+    return _estimate("kl_estimate_backward", grad, logprob, ref_logprob, *options)
 
 
 def kl_divergence(

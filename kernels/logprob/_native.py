@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from rlhf_fast.kernels._common.launch import flat, gradient_of
-from rlhf_fast.kernels._common.native import LogitRows, address, dtype_number, kernel, place
+from rlhf_fast.kernels._common.native import LogitRows, address, dtype_number, kernel
 
 
 def _forward(logits, ids, options, entropy):
@@ -18,7 +18,7 @@ def _forward(logits, ids, options, entropy):
     if ids.numel():
         rows = LogitRows(logits, ids, *options)
         kernel("logprob", logits)(
-            rows.arguments, *place(logits), logprob.data_ptr(), address(entropy),
+            rows.arguments, logprob.data_ptr(), address(entropy),
             row_max.data_ptr(), log_sum.data_ptr(),
         )  # fmt: skip
     return logprob, row_max, log_sum
@@ -87,7 +87,7 @@ def logprob_backward(
         run = kernel("logprob_backward", logits)
         places = flat(places)
         run(
-            rows.arguments, *place(logits), *map(address, vectors), out.data_ptr(),
+            rows.arguments, *map(address, vectors), out.data_ptr(),
             dtype_number("out", out), address(places),
         )  # fmt: skip
     return out
@@ -100,7 +100,7 @@ def _one_pass(grad_logprob, grad_entropy, logits, ids, options, out):
         rows = LogitRows(logits, ids, *options)
         grads = flat(grad_logprob), flat(grad_entropy)
         kernel("logprob_and_grad", logits)(
-            rows.arguments, *place(logits), *map(address, values), *map(address, grads),
+            rows.arguments, *map(address, values), *map(address, grads),
             out.data_ptr(),
         )  # fmt: skip
     return *values[:2], out

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from rlhf_fast.kernels._common.native import ESTIMATORS, address, kernel, place
+from rlhf_fast.kernels._common.native import ESTIMATORS, address, kernel
 
 from . import reference
 from ._kernels import KINDS, LOSSES, REDUCTIONS
@@ -28,15 +28,15 @@ def _launch(tokens, grads, normalizer, divisor, kind, estimator, reduction, clip
         return like.new_zeros(()), like.new_zeros(len(STATS))
     loss, stats = like.new_empty(()), like.new_empty(len(STATS))
     clip_low, clip_high, dual_clip, value_clip = clips
-    workspace = (_workspace(like),) if like.is_cuda else ()
+    workspace = _workspace(like) if like.is_cuda else None
     kernel("ppo_loss", like)(
-        [*map(address, (*tokens, *grads, loss, stats, normalizer))],
+        [*map(address, (*tokens, *grads, loss, stats, normalizer, workspace))],
         (
             -1.0 if divisor is None else divisor, KINDS[kind], ESTIMATORS[estimator],
             REDUCTIONS[reduction], *bounds(clip_low, clip_high), dual_clip or 0.0,
             -1.0 if value_clip is None else value_clip, *coefficients,
         ),
-        *like.shape, *map(address, workspace), *place(like),
+        *like.shape,
     )  # fmt: skip
     return loss, stats
 
@@ -52,7 +52,5 @@ def scale_unit_gradient(
         return reference.scale_unit_gradient(grad, unit)
     unit = unit.contiguous()
     out = unit if owned else torch.empty_like(unit)
-    kernel("scale_unit_gradient", unit)(
-        *map(address, (grad, unit, out)), unit.numel(), *place(unit)
-    )
+    kernel("scale_unit_gradient", unit)(*map(address, (grad, unit, out)), unit.numel())
     return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_fast.kernels._common.native import address, kernel, place
+from rlhf_fast.kernels._common.native import address, kernel
 
 
 def ranking_loss(
@@ -26,6 +26,6 @@ def ranking_loss(
     parts = scores.new_empty((scores.shape[0], 2)) if scores.is_cuda else None
     kernel("ranking_loss", scores)(
         scores.data_ptr(), *addresses, address(mask), grad.data_ptr(), loss.data_ptr(),
-        address(parts), *scores.shape, margin, *place(scores),
+        address(parts), *scores.shape, margin,
     )  # fmt: skip
     return loss, grad

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_fast import _C
 from rlhf_fast.kernels._common.launch import flat, rows_of
-from rlhf_fast.kernels._common.native import address, dtype_number, kernel, place
+from rlhf_fast.kernels._common.native import address, dtype_number, kernel
 
 from ._checks import check_logits
 
@@ -72,7 +71,6 @@ def sample(
             address(mask), 0 if mask is None else mask.stride(0), seed, address(seeds), position,
             address(positions), *(x.data_ptr() for x in out),
         ),
-        *place(logits),
     )  # fmt: skip
     if not (logits.is_cuda or drawn):
         check_logits(logits, logit_mask)
@@ -100,9 +98,7 @@ def replay_logprob(
             min_ps,
         )  # fmt: skip
         y = flat(ids).to(torch.int64)
-        _C.cpu_replay_logprob(
-            rows.arguments, torch.get_num_threads(), y.data_ptr(), *(x.data_ptr() for x in out)
-        )
+        kernel("replay_logprob", logits)(rows.arguments, y.data_ptr(), *(x.data_ptr() for x in out))
     return tuple(out)
 
 
@@ -124,7 +120,7 @@ def replay_logprob_backward(
         rows = _Rows(logits, ids.numel(), temperature, temperatures)
         vectors = grad_logprob, grad_log_mass, ids.to(torch.int64), tau, last, log_kept, log_sum
         vectors = [flat(x) for x in vectors]
-        _C.cpu_replay_logprob_backward(
-            rows.arguments, torch.get_num_threads(), *map(address, vectors), out.data_ptr()
+        kernel("replay_logprob_backward", logits)(
+            rows.arguments, *map(address, vectors), out.data_ptr()
         )
     return out
