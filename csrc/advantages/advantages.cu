@@ -12,10 +12,10 @@
 namespace rlhf::cuda {
 namespace {
 
-constexpr int kThreads = 256;   // of whitening
-constexpr int kBlocks = 1024;   // of a whitening launch at most, each of which reads all parts
-constexpr int kPart = 2048;     // tokens that a block has in its registers
-constexpr int kGroupWarps = 4;  // responses of a block
+constexpr int kThreads = 256;        // of whitening
+constexpr int kWhitenBlocks = 1024;  // of a whitening launch at most, each of which reads all parts
+constexpr int kPart = 2048;          // tokens that a block has in its registers
+constexpr int kGroupWarps = 4;       // responses of a block
 
 // ------------------------------------------------------------------- moments
 
@@ -316,7 +316,7 @@ void moments(const MomentsArgs& args, int device, void* stream) {
 
 void whiten(const WhitenArgs& args, int device, void* stream) {
   DeviceGuard guard(device);
-  const int64_t blocks = ::min(int64_t{kBlocks}, (args.size + kPart - 1) / kPart);
+  const int64_t blocks = ::min(int64_t{kWhitenBlocks}, (args.size + kPart - 1) / kPart);
   whiten_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       args);
   check_launch("whiten: size " + std::to_string(args.size));
