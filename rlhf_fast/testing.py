@@ -200,12 +200,15 @@ def time_ms(
     for call in once.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in functions}
+    spent = dict.fromkeys(functions, 0.0)
     open_names = set(functions)
     while open_names:
         for name in sorted(open_names):
+            start = time.perf_counter()
             times[name].append(once[name]())
-            spent = sum(times[name]) / 1e3
-            if len(times[name]) >= minimum and (spent > seconds or len(times[name]) >= 1000):
+            spent[name] += time.perf_counter() - start
+            enough = spent[name] > seconds or len(times[name]) >= 1000
+            if enough and len(times[name]) >= minimum:
                 open_names.discard(name)
     return times
 

@@ -106,7 +106,7 @@ def _groups(sizes, **options) -> Case:
 
 CASES = [
     _ppo(shapes.TOKENS),
-    _ppo(shapes.TOKENS_GPU, devices=("cuda",)),
+    _ppo(shapes.TOKENS_GPU, devices=("cuda",), loop=False, **NO_LOOP),
     _ppo(shapes.TOKENS_GPU_MANY, devices=("cuda",), loop=False, **NO_LOOP),
     _shaped(shapes.TOKENS),
     _whiten(shapes.TOKENS),

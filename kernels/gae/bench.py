@@ -113,7 +113,7 @@ CASES = [
     _gae(shapes.TOKENS),
     _gae(shapes.TOKENS, masked=True),
     _gae(shapes.TOKENS_LONG, devices=("cpu",)),
-    _gae(shapes.TOKENS_GPU, devices=("cuda",)),
+    _gae(shapes.TOKENS_GPU, devices=("cuda",), loop=False, **NO_LOOP),
     _gae(shapes.TOKENS_GPU_LONG, devices=("cuda",), loop=False, **NO_LOOP),
     _packed(shapes.TOKENS),
     _discounted(shapes.TOKENS),
