@@ -17,7 +17,10 @@ RLHF_HD void store_in_block(T*, unsigned, const T&) {
 }
 #else
 // Called by all threads of a cluster. What they wrote before can be read by all of them behind it.
-RLHF_HD void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+RLHF_HD void cluster_sync() {
+  __syncwarp();  // lanes may come from different branches
+  cooperative_groups::this_cluster().sync();
+}
 
 // x into the place of block `rank` of the cluster that is *place here. All blocks must have started (a
 // cluster_sync), and none may end before the cluster_sync behind the last such store.
