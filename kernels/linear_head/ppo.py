@@ -18,7 +18,13 @@ from rlhf_fast.kernels.ppo_loss._checks import (
     rows,
     split_normalizer,
 )
-from rlhf_fast.kernels.ppo_loss.op import KINDS, REDUCTIONS, scaled
+from rlhf_fast.kernels.ppo_loss.op import (
+    KINDS,
+    REDUCTIONS,
+    drop_units,
+    scaled,
+    units_are_dropped,
+)
 
 from .op import ARGUMENTS, GRADIENTS, check_values, prepare
 
@@ -75,10 +81,14 @@ def _setup_context(ctx, inputs, output) -> None:
     if inputs[_KIND] == "reinforce":
         pairs.append((_ADVANTAGES, unit_advantages))
     ctx.places = [i for i, _ in pairs]
+    ctx.set_materialize_grads(False)  # zeros as large as each unit gradient
+    ctx.owned = units_are_dropped()
     ctx.save_for_backward(*(unit for _, unit in pairs), *(inputs[i] for i, _ in pairs))
 
 
-def _rounded(grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+def _rounded(
+    grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor, owned: bool
+) -> torch.Tensor:
     """grad * unit in the dtype of `source`.
 
     A GPU scales and rounds in one pass: for a head of 131072 x 4096 in bfloat16 that moves 3.2 GB,
@@ -86,7 +96,7 @@ def _rounded(grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor) -> to
     """
     traced = torch.is_grad_enabled() or type(grad) is not torch.Tensor  # see `scaled`
     if traced or not unit.is_cuda or unit.dtype == source.dtype:
-        return scaled(grad, unit, source).to(source.dtype)
+        return scaled(grad, unit, source, owned).to(source.dtype)
     return torch.mul(unit, grad, out=torch.empty_like(unit, dtype=source.dtype))
 
 
@@ -94,8 +104,8 @@ def _backward(ctx, grad, *_):
     saved, count = ctx.saved_tensors, len(ctx.places)
     out = [None] * _COUNT
     for i, unit, source in zip(ctx.places, saved[:count], saved[count:], strict=True):
-        if ctx.needs_input_grad[i]:
-            out[i] = _rounded(grad, unit, source)
+        if ctx.needs_input_grad[i] and grad is not None:
+            out[i] = _rounded(grad, unit, source, ctx.owned)
     return tuple(out)
 
 
@@ -210,7 +220,8 @@ def linear_ppo_loss(
         x is not None and x.requires_grad and torch.is_grad_enabled()
         for x in (head[i] for i in GRADIENTS)
     ]
-    loss, stats, *_ = torch.ops.rlhf_fast.linear_ppo_loss(
+    loss, stats = drop_units(
+        torch.ops.rlhf_fast.linear_ppo_loss,
         *head, rows(old_logprob.detach(), dtype), rows(advantages, dtype), weights, ref_logprob,
         *split_normalizer(normalizer, hidden.device, dtype), kind,
         *clip_arguments(clip_low, clip_high, dual_clip), entropy_coef, kl_coef, kl_estimator,

@@ -186,7 +186,8 @@ _caller = _Caller()
 
 
 def drop_units(op: Callable[..., tuple], *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, stats) of the torch op `op`, whose unit gradients are then owned by its graph."""
+    """The first two results, loss and statistics, of the torch op `op`, whose unit gradients are
+    then owned by its graph."""
     if torch.compiler.is_compiling():
         loss, stats, *_ = op(*args)
         return loss, stats
@@ -198,6 +199,11 @@ def drop_units(op: Callable[..., tuple], *args: Any) -> tuple[torch.Tensor, torc
     return loss, stats
 
 
+def units_are_dropped() -> bool:
+    """Whether the op at hand was called by `drop_units`."""
+    return _caller.drops_units
+
+
 def register_unit_gradients(name: str, sources: Sequence[int], arguments: int) -> None:
     """Autograd of the torch op `name`, which has `arguments` arguments and returns
     (loss, others..., unit gradient of each argument number in `sources`)."""
@@ -205,14 +211,15 @@ def register_unit_gradients(name: str, sources: Sequence[int], arguments: int) -
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        ctx.owned = _caller.drops_units
+        ctx.set_materialize_grads(False)  # zeros as large as each unit gradient
+        ctx.owned = units_are_dropped()
         ctx.save_for_backward(*output[-count:], *(inputs[k] for k in sources))
 
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
         saved = ctx.saved_tensors
         grads: list[torch.Tensor | None] = [None] * arguments
         for k, unit, source in zip(sources, saved[:count], saved[count:], strict=True):
-            if ctx.needs_input_grad[k]:
+            if ctx.needs_input_grad[k] and grad is not None:
                 grads[k] = scaled(grad, unit, source, ctx.owned)
         return tuple(grads)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlhf_fast import _args, _dispatch
-from rlhf_fast.kernels.ppo_loss.op import register_unit_gradients
+from rlhf_fast.kernels.ppo_loss.op import drop_units, register_unit_gradients
 
 _dispatch.implementations("ranking_loss", __package__)
 
@@ -66,7 +66,8 @@ def ranking_loss(
     _args.check_device("ranks", ranks, scores.device, "scores")
     mask = _args.as_mask("mask", mask, scores.shape, scores.device, "that of scores")
     margin = _args.number("margin", margin)
-    return torch.ops.rlhf_fast.ranking_loss(
+    return drop_units(
+        torch.ops.rlhf_fast.ranking_loss,
         scores.to(_args.compute_dtype(scores.dtype)).contiguous(), ranks.detach().contiguous(),
         mask if mask is None else mask.contiguous(), margin, _dispatch.requested("ranking_loss"),
     )[0]  # fmt: skip
