@@ -1,5 +1,9 @@
 """The memory of rollouts (plan, release, reuse), and the decode loop as it runs on a GPU."""
 
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -121,11 +125,11 @@ def test_looking_every_few_steps_at_widths_of_powers_of_two(
     options = {"n": 2, "max_new_tokens": 10, "eos_ids": (1, 2, 3, 4), "seed": 9}
     expected = rlhf_fast.generate(model, PROMPTS, max_slots=max_slots, **options)
 
-    def padded(self, live):
+    def padded(self, step, live):
         widths.append(min(1 << (live - 1).bit_length(), self.slots))
-        self.step(widths[-1])
+        step(widths[-1])
 
-    monkeypatch.setattr(graphs.GraphedStep, "__call__", padded)
+    monkeypatch.setattr(graphs.GraphedSteps, "run", padded)
     monkeypatch.setattr(loop, "LOOK_EVERY", {"cpu": look_every})
     out = rlhf_fast.generate(model, PROMPTS, max_slots=max_slots, **options)
     same_responses(out, expected)
@@ -139,7 +143,7 @@ def test_no_step_behind_the_last_token(model, monkeypatch):
     steps = []
     monkeypatch.setattr(loop, "LOOK_EVERY", {"cpu": 100})
     monkeypatch.setattr(
-        graphs.GraphedStep, "__call__", lambda self, live: steps.append(self.step(live))
+        graphs.GraphedSteps, "run", lambda self, step, live: steps.append(step(live))
     )
     rlhf_fast.generate(model, PROMPTS, max_new_tokens=6)
     assert len(steps) == 5
@@ -167,7 +171,38 @@ class FakeGraph:
             step(width)
 
 
-def test_a_width_is_captured_when_it_lasts(monkeypatch):
+class FakeGenerator:
+    """Its state: an object that a capture may spoil."""
+
+    def __init__(self):
+        self.state = "good"
+
+    def clone_state(self):
+        return "spare"
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """What `graphs` uses of torch.cuda; the streams that were made current."""
+    generator, streams = FakeGenerator(), []
+    replaced = {
+        "CUDAGraph": FakeGraph,
+        "graph_pool_handle": lambda: 0,
+        "device": lambda _: contextlib.nullcontext(),
+        "current_device": lambda: 0,
+        "current_stream": lambda: "main",
+        "set_stream": streams.append,
+        "default_generators": (generator,),
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return generator, streams
+
+
+def test_a_width_is_captured_when_it_lasts(fake_cuda, monkeypatch):
     ran, captured = [], []
 
     class Capture:
@@ -175,24 +210,25 @@ def test_a_width_is_captured_when_it_lasts(monkeypatch):
             self.graph = graph
 
         def __enter__(self):
+            assert not gc.isenabled()  # an older graph must not be destroyed now
             captured.append(len(ran))
 
         def __exit__(self, *_):
             self.graph.calls = [(ran.append, ran.pop())]
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
-    step = graphs.GraphedStep(ran.append, torch.device("cuda"), slots=6)
+    steps = graphs.GraphedSteps(torch.device("cuda"), slots=6)
     for _ in range(graphs.WARM_UP + 3):
-        step(3)
+        steps.run(ran.append, 3)
     for _ in range(2):
-        step(5)
+        steps.run(ran.append, 5)
     assert ran == [4] * (graphs.WARM_UP + 3) + [6, 6]
-    assert captured == [graphs.WARM_UP] and list(step.graphs) == [4]
+    assert captured == [graphs.WARM_UP] and list(steps.graphs) == [4]
+    assert gc.isenabled() and fake_cuda[0].state == "good" and not fake_cuda[1]
 
 
-def test_a_step_that_cannot_be_captured_runs_as_before(monkeypatch, caplog):
+@pytest.mark.parametrize("fails_in", ["__enter__", "__exit__"])
+def test_a_step_that_cannot_be_captured_runs_as_before(fake_cuda, monkeypatch, caplog, fails_in):
     ran = []
 
     class Capture:
@@ -200,37 +236,113 @@ def test_a_step_that_cannot_be_captured_runs_as_before(monkeypatch, caplog):
             pass
 
         def __enter__(self):
-            raise RuntimeError("operation not permitted when stream is capturing")
+            if fails_in == "__enter__":
+                raise RuntimeError("operation not permitted when stream is capturing")
 
         def __exit__(self, *_):
-            pass
+            ran.pop()
+            raise RuntimeError("operation failed due to a previous error during capture")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
-    step = graphs.GraphedStep(ran.append, torch.device("cuda"), slots=6)
+    steps = graphs.GraphedSteps(torch.device("cuda"), slots=6)
     for _ in range(graphs.WARM_UP + 5):
-        step(3)
-    assert len(ran) == graphs.WARM_UP + 5 and not step.graphs
+        steps.run(ran.append, 3)
+    assert len(ran) == graphs.WARM_UP + 5 and not steps.graphs
     assert caplog.text.count("without CUDA graphs") == 1
+    assert gc.isenabled() and fake_cuda[0].state == "spare" and fake_cuda[1] == ["main"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3"])
-def test_captured_steps_draw_what_plain_ones_draw(family, monkeypatch):
-    model = tiny(family).cuda()
-    prompts = [p.cuda() for p in PROMPTS]
-    options = {"n": 2, "max_new_tokens": 40, "eos_ids": (1, 2), "seed": 9, "max_slots": 5}
-    made = []
-    original = graphs.GraphedStep._capture
+def test_a_loop_is_freed_without_the_garbage_collector(model, monkeypatch):
+    """With it go the graphs of a call, which must not be destroyed at some later time."""
+    loops = []
+    original = loop.Loop.run
     monkeypatch.setattr(
-        graphs.GraphedStep,
-        "_capture",
-        lambda self, width: made.append(original(self, width) or self),
+        loop.Loop, "run", lambda self: (loops.append(weakref.ref(self)), original(self))
     )
-    captured = rlhf_fast.generate(model, prompts, **options)
-    assert made and made[-1].graphs, "no step was captured"
+    gc.disable()
+    try:
+        rlhf_fast.generate(model, PROMPTS, max_new_tokens=4)
+        assert len(loops) == 1 and loops[0]() is None
+    finally:
+        gc.enable()
+
+
+# --------------------------------------------------------------------------- on a GPU
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+LONG = {"n": 2, "max_new_tokens": 40, "eos_ids": (1, 2), "seed": 9, "max_slots": 5}
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The `GraphedSteps` of each capture, whether or not it succeeded."""
+    made = []
+    original = graphs.GraphedSteps._capture
+
+    def capture(self, step, width):
+        made.append(self)
+        original(self, step, width)
+
+    monkeypatch.setattr(graphs.GraphedSteps, "_capture", capture)
+    return made
+
+
+@needs_cuda
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3"])
+def test_captured_steps_draw_what_plain_ones_draw(family, captures, monkeypatch):
+    model = tiny(family).cuda()
+    captured = rlhf_fast.generate(model, PROMPTS, **LONG)
+    assert captures and captures[-1].graphs, "no step was captured"
     monkeypatch.setattr(graphs, "WARM_UP", 10**9)
-    plain = rlhf_fast.generate(model, prompts, **options)
-    assert_same_bits("ids", captured.ids, plain.ids)
-    assert_same_bits("logprob", captured.logprob, plain.logprob)
+    plain = rlhf_fast.generate(model, PROMPTS, **LONG)
+    same_responses(captured, plain)
+
+
+@needs_cuda
+def test_garbage_with_a_graph_in_it_does_not_break_a_capture(captures):
+    model = tiny().cuda()
+    expected = rlhf_fast.generate(model, PROMPTS, **LONG)
+    before = gc.get_threshold()
+    gc.set_threshold(1)  # collect all the time
+    try:
+        for _ in range(3):
+            cycle = [torch.cuda.CUDAGraph()]
+            with torch.cuda.graph(cycle[0]):
+                torch.zeros(8, device="cuda").add_(1)
+            cycle.append(cycle)
+            del cycle
+            out = rlhf_fast.generate(model, PROMPTS, **LONG)
+            assert_same_bits("ids", out.ids, expected.ids)
+    finally:
+        gc.set_threshold(*before)
+    assert all(steps.on for steps in captures)
+
+
+@needs_cuda
+def test_a_model_that_waits_for_the_device_runs_without_graphs(captures, caplog):
+    model = tiny().cuda()
+    expected = rlhf_fast.generate(model, PROMPTS, **LONG)
+    made = len(captures)
+    stream = torch.cuda.current_stream()
+    hook = model.model.layers[1].register_forward_pre_hook(lambda _, args: args[0].sum().item())
+    try:
+        for _ in range(2):
+            out = rlhf_fast.generate(model, PROMPTS, **LONG)
+            assert_same_bits("ids", out.ids, expected.ids)
+    finally:
+        hook.remove()
+    assert "without CUDA graphs" in caplog.text and not captures[made].graphs
+    assert torch.cuda.current_stream() == stream
+    torch.nn.functional.dropout(torch.ones(8, device="cuda"))  # the generator serves as before
+    again = rlhf_fast.generate(model, PROMPTS, **LONG)
+    assert_same_bits("ids", again.ids, expected.ids)
+    assert captures[-1].graphs
+
+
+@needs_cuda
+def test_batch_of_one_on_a_gpu_call_after_call():
+    model = tiny().cuda()
+    with rlhf_fast.rollout(model, max_slots=1) as r:
+        first = r.generate(PROMPTS, max_new_tokens=30)
+        for _ in range(3):
+            assert_same_bits("ids", r.generate(PROMPTS, max_new_tokens=30).ids, first.ids)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,44 +16,74 @@ logger = logging.getLogger("rlhf_fast")
 # use, and a width that occurs a few times only is not worth a capture.
 WARM_UP = 4
 
+Step = Callable[[int], None]
 
-class GraphedStep:
-    """`step(width)` at powers of two, each captured once in a graph of its own.
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's garbage collector, which may meet an older graph: none may be destroyed
+    while another is captured."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class GraphedSteps:
+    """Decode steps at powers of two of the slots, each width captured once in a graph of its own.
 
     A model of small layers spends most of a step in launching kernels from Python; a replay
-    launches them all at once. `step` must allow more slots than are live (up to `slots`), must not
+    launches them all at once. A step must allow more slots than are live (up to `slots`), must not
     wait for the device, and must keep its state in the same tensors. A model that waits (a mixture
     of experts that counts tokens on the host) cannot be captured: then, after a warning, its steps
     run as before.
+
+    The step is an argument of each call and not kept: an object that owns this one and whose method
+    the step is would be freed, with its graphs, by the garbage collector only.
     """
 
-    def __init__(self, step: Callable[[int], None], device: torch.device, slots: int):
-        self.step, self.slots = step, slots
+    def __init__(self, device: torch.device, slots: int):
+        self.device, self.slots = device, slots
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.seen: Counter[int] = Counter()
         self.on = device.type == "cuda"
         # The graphs never run at the same time, so that they may share their scratch.
         self.pool = torch.cuda.graph_pool_handle() if self.on else None
 
-    def __call__(self, live: int) -> None:
-        """One step of at least the first `live` slots."""
+    def run(self, step: Step, live: int) -> None:
+        """`step(width)` for at least the first `live` slots."""
         if not self.on:
-            return self.step(live)
+            return step(live)
         width = min(1 << (live - 1).bit_length(), self.slots)
         self.seen[width] += 1
-        if width not in self.graphs and self.seen[width] > WARM_UP:
-            self._capture(width)
-        if width in self.graphs:
-            self.graphs[width].replay()
-        else:
-            self.step(width)
+        # Graphs belong to the current device.
+        with torch.cuda.device(self.device):
+            if width not in self.graphs and self.seen[width] > WARM_UP:
+                self._capture(step, width)
+            if width in self.graphs:
+                self.graphs[width].replay()
+            else:
+                step(width)
 
-    def _capture(self, width: int) -> None:
+    def _capture(self, step: Step, width: int) -> None:
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        spare = generator.clone_state()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                self.step(width)
+            with (
+                _no_collection(),
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            ):
+                step(width)
         except RuntimeError as error:
+            # A capture that fails leaves its stream behind as the current one, and a generator
+            # that takes itself to be captured and refuses to serve.
+            torch.cuda.set_stream(stream)
+            generator.graphsafe_set_state(spare)
             logger.warning("rollout: the decode step runs without CUDA graphs: %s", error)
             self.on = False
             return

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf_fast.kernels.sample import sample
-from rlhf_fast.rollout.graphs import GraphedStep
+from rlhf_fast.rollout.graphs import GraphedSteps
 from rlhf_fast.rollout.slots import SlotCache, Step
 
 # Prompt tokens per prefill forward. It bounds the activations: a longer prompt goes alone.
@@ -62,7 +62,7 @@ class Loop:
         self.look_every = LOOK_EVERY.get(device.type, 1)
         self.steps = 0  # decode steps so far
         self.ends_at = [0] * self.slots  # the step behind which a slot has ended for certain
-        self.step = GraphedStep(self._step, device, self.slots)
+        self.graphed = GraphedSteps(device, self.slots)
         self.every = torch.arange(self.slots, device=device)
         self.row, self.length, self.token, self.index = torch.zeros(
             4, self.slots, dtype=torch.int64, device=device
@@ -85,7 +85,7 @@ class Loop:
             else:
                 left = max(self.ends_at[: self.live]) - self.steps
                 for _ in range(min(self.look_every, left)):
-                    self.step(self.live)
+                    self.graphed.run(self._step, self.live)
                     self.steps += 1
             self._collect()
 
