@@ -107,10 +107,11 @@ def test_micro_batches(files, tmp_path, name, micro_batch):
 def two_ranks(rank, files, name, folder):
     """One update of two processes, of which the first has the long responses."""
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text(),
-    }  # fmt: skip
+    # accelerate looks for these, and takes a process group that is there; no port is needed.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     config = config_of(files, folder / "run", name, 3)
     run = Run("ppo", config)
     actors = toy.actors(files, files["judge"], config)
@@ -132,7 +133,4 @@ def two_ranks(rank, files, name, folder):
 )
 @pytest.mark.parametrize("name", ["ppo with all terms", "a2c"])
 def test_two_ranks(files, tmp_path, name):
-    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # a port that is free
-    (tmp_path / "port").write_text(str(store.port))
-    del store
     mp.spawn(two_ranks, (files, name, tmp_path), nprocs=2)
