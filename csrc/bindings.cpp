@@ -559,13 +559,16 @@ PYBIND11_MODULE(_C, m) {
       },
       "Whether a token was drawn in every row.");
 #if RLHF_WITH_CUDA
-  m.def("cuda_scale_unit_gradient",
-        [](int device, Address stream, Address grad, Address unit, Address out, int64_t size) {
-          check_positive(size, "size");
-          const auto *g = required<float>(grad, "grad"), *u = required<float>(unit, "unit");
-          auto* const product = required<float>(out, "out");
-          py::gil_scoped_release released;
-          cuda::scale_unit_gradient(g, u, product, size, device, pointer<void>(stream));
-        });
+  m.def("cuda_scale_unit_gradient", [](int device, Address stream, Address grad, Address unit,
+                                       Address out, int dtype, int64_t size) {
+    check_positive(size, "size");
+    check_dtype(dtype, "dtype");
+    const auto* const g = required<float>(grad, "grad");
+    const auto* const u = required<void>(unit, "unit");
+    auto* const product = required<void>(out, "out");
+    py::gil_scoped_release released;
+    cuda::scale_unit_gradient(g, u, product, static_cast<Dtype>(dtype), size, device,
+                              pointer<void>(stream));
+  });
 #endif
 }

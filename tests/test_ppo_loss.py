@@ -291,9 +291,10 @@ def test_a_changed_gradient_changes_no_later_one(backend):
 
 @pytest.mark.parametrize("upstream", [-2.5, 0.0, 1.0, math.inf, math.nan])
 @pytest.mark.parametrize("shape", [(3, 700), (0, 5)])
-def test_scaling_of_unit_gradients_has_the_same_bits(backend, shape, upstream):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scaling_of_unit_gradients_has_the_same_bits(backend, shape, upstream, dtype):
     device = torch.device(device_of(backend))
-    unit = randn(*shape, seed=3).to(device)
+    unit = randn(*shape, seed=3).to(device, dtype)
     unit[:, ::3] = 0.0
     grad = torch.tensor(upstream, device=device)
     scale = _dispatch.choose("scale_unit_gradient", device.type, unit.dtype, backend)

@@ -134,20 +134,29 @@ void launch_loss(const PpoLossArgs& args, const Workspace& work, int device, cud
 }
 
 // A gradient in place that is multiplied with 1 is neither read nor written.
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-    scale_kernel(const float* grad, const float* unit, float* out, int64_t size) {
+    scale_kernel(const float* grad, const T* unit, T* out, int64_t size) {
+  constexpr int N = Pack<T>::kSize;
   const float factor = *grad;
   if (unit == out && factor == 1.0f) return;
-  for (int64_t i = (blockIdx.x * int64_t{kThreads} + threadIdx.x) * kQuad; i < size;
-       i += gridDim.x * int64_t{kThreads} * kQuad) {
-    const bool aligned = i + kQuad <= size && reinterpret_cast<uintptr_t>(unit) % 16 == 0 &&
-                         reinterpret_cast<uintptr_t>(out) % 16 == 0;
-    const int inside = static_cast<int>(::min(int64_t{kQuad}, size - i));
-    const Place at = {i, inside, (1u << inside) - 1u, aligned};
-    Quad x = load_quad(unit, at);
+  const auto scaled = [factor](T x) {
+    const float unit = to_float(x);
+    T result;
+    convert(unit == 0.0f ? 0.0f : unit * factor, result);
+    return result;
+  };
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  for (int64_t i = (blockIdx.x * int64_t{kThreads} + threadIdx.x) * N; i < size;
+       i += gridDim.x * int64_t{kThreads} * N) {
+    if (aligned && i + N <= size) {
+      Pack<T> pack = load_pack(unit + i);
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) x.x[k] = x.x[k] == 0.0f ? 0.0f : x.x[k] * factor;
-    store_quad(out, at, x);
+      for (int k = 0; k < N; ++k) pack.x[k] = scaled(pack.x[k]);
+      store_pack(out + i, pack);
+    } else {
+      for (int64_t k = i; k < i + N && k < size; ++k) out[k] = scaled(unit[k]);
+    }
   }
 }
 
@@ -179,14 +188,18 @@ void ppo_loss(const PpoLossArgs& args, int device, void* stream) {
   launch(args, work, device, static_cast<cudaStream_t>(stream), what);
 }
 
-void scale_unit_gradient(const float* grad, const float* unit, float* out, int64_t size, int device,
-                         void* stream) {
+void scale_unit_gradient(const float* grad, const void* unit, void* out, Dtype dtype, int64_t size,
+                         int device, void* stream) {
   const std::string what = "scale_unit_gradient: elements " + std::to_string(size);
   constexpr int64_t kBlock = kThreads * kQuad;
   DeviceGuard guard(device);
   const auto blocks =
       static_cast<unsigned>(::min(int64_t{kScaleBlocks}, (size + kBlock - 1) / kBlock));
-  scale_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(grad, unit, out, size);
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    scale_kernel<T><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        grad, static_cast<const T*>(unit), static_cast<T*>(out), size);
+  });
   check_launch(what);
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "common/isa.h"
 
 namespace rlhf {
@@ -59,8 +60,8 @@ struct PpoLossArgs {
 namespace cuda {
 void ppo_loss(const PpoLossArgs& args, int device, void* stream);
 // out = grad * unit, where grad is one number; `out` may be `unit`.
-void scale_unit_gradient(const float* grad, const float* unit, float* out, int64_t size, int device,
-                         void* stream);
+void scale_unit_gradient(const float* grad, const void* unit, void* out, Dtype dtype, int64_t size,
+                         int device, void* stream);
 }  // namespace cuda
 
 }  // namespace rlhf

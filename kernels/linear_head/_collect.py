@@ -74,12 +74,14 @@ class ActiveRows:
 
     The products are `torch._grouped_mm` with one group that ends where a tensor says: the host
     launches them without waiting, and they take the time of the rows that there are. Their results
-    are bfloat16, which is what such a gradient is rounded to.
+    are bfloat16, rounded once.
     """
 
     def __init__(self, logits: Logits, gradients: Gradients, stack: torch.Tensor) -> None:
         """`stack` has room for the gradients of all rows of the call."""
         self.logits, self.gradients, self.stack = logits, gradients, stack
+        self.wants_weight = gradients.weight is not None
+        gradients.weight = None  # its float32 memory is not needed
         self.stack[:1].zero_()  # where no row has a gradient, a product is taken over this one
         self.count = torch.zeros((), dtype=torch.int64, device=stack.device)
         self.active: list[torch.Tensor] = []
@@ -100,9 +102,9 @@ class ActiveRows:
         inside = (torch.arange(len(order), device=order.device) < self.count).unsqueeze(-1)
         end = self.count.clamp(min=1).to(torch.int32).view(1)
         into = self.gradients
-        if into.weight is not None:
+        if self.wants_weight:
             x = torch.where(inside, self.logits.rows.operand.index_select(0, order), 0.0)
-            into.weight.copy_(torch._grouped_mm(self.stack.t(), x, offs=end)[0])
+            into.weight = torch._grouped_mm(self.stack.t(), x, offs=end)[0]
         if into.hidden is not None:
             weight = self.logits.head.weight.unsqueeze(0)
             dx = torch.where(inside, torch._grouped_mm(self.stack, weight, offs=end), 0.0)

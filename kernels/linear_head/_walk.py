@@ -15,7 +15,7 @@ import torch
 
 from . import _logits, _tiles
 from ._gradients import Gradients
-from ._tiles import Rows, split
+from ._tiles import Rows
 
 # On the CPU a tile beside the kept chunk has a quarter of its bytes.
 _TILE = {"cpu": 4, "cuda": 1}
@@ -84,22 +84,22 @@ def backward_walk(
     for other in heads[1:]:
         other.rows.block = rows.block
     gradients = Gradients(policy.head, rows, policy.down, needs, slicewise)
-    blocks = [
-        *split(0, kept.first, rows.block),
-        *split(kept.first, rows.hidden.shape[0], rows.block),
-    ]
     # In the arithmetic's dtype a tile's gradient takes the place of the tile.
     name = "logits" if policy.gradient_dtype == rows.hidden.dtype else "gradient"
     for columns in policy.head.slices(width):
         gradients.enter(columns)
         operands = [head.operands(columns) for head in heads]
-        for block in blocks:
-            if block.start < kept.first:
-                tiles = [h.tile(block, columns, *o) for h, o in zip(heads, operands, strict=True)]
-            else:
-                tiles = [kept.tile(i, block, columns) for i in range(len(heads))]
+        for block in rows.blocks():
             out = rows.scratch(name, block, columns, policy.gradient_dtype)
-            gradient(tiles, block, columns, out)
+            cut = min(max(kept.first, block.start), block.stop)
+            if block.start < cut:
+                part = slice(block.start, cut)
+                tiles = [h.tile(part, columns, *o) for h, o in zip(heads, operands, strict=True)]
+                gradient(tiles, part, columns, out[: cut - block.start])
+            if cut < block.stop:
+                part = slice(cut, block.stop)
+                tiles = [kept.tile(i, part, columns) for i in range(len(heads))]
+                gradient(tiles, part, columns, out[cut - block.start :])
             gradients.add(out, block, *operands[0])
         gradients.leave(columns)
     return gradients.finish(reduce)

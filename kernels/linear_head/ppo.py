@@ -27,6 +27,7 @@ from rlhf_fast.kernels.ppo_loss.op import (
 )
 
 from .op import ARGUMENTS, GRADIENTS, check_values, prepare
+from .reference_ppo import unit_dtype
 
 _dispatch.implementations("linear_ppo_loss", __package__)
 
@@ -44,9 +45,10 @@ def _fake(hidden, weight, ids, bias, lora_a, lora_b, *others):
     old_logprob, kind, needs = others[9], others[_KIND - 6], others[-2]
     dtype = _args.compute_dtype(hidden.dtype)
     inputs = (hidden, weight, bias, lora_a, lora_b)
+    dtypes = dtype, unit_dtype(hidden), dtype, dtype, dtype
     units = (
-        x.new_empty(x.shape, dtype=dtype) if need else hidden.new_empty(0)
-        for x, need in zip(inputs, needs, strict=True)
+        x.new_empty(x.shape, dtype=unit) if need else hidden.new_empty(0)
+        for x, unit, need in zip(inputs, dtypes, needs, strict=True)
     )
     advantages = old_logprob.new_empty(old_logprob.shape if kind == "reinforce" else 0)
     return (
@@ -86,26 +88,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*(unit for _, unit in pairs), *(inputs[i] for i, _ in pairs))
 
 
-def _rounded(
-    grad: torch.Tensor, unit: torch.Tensor, source: torch.Tensor, owned: bool
-) -> torch.Tensor:
-    """grad * unit in the dtype of `source`.
-
-    A GPU scales and rounds in one pass: for a head of 131072 x 4096 in bfloat16 that moves 3.2 GB,
-    not 7.5.
-    """
-    traced = torch.is_grad_enabled() or type(grad) is not torch.Tensor  # see `scaled`
-    if traced or not unit.is_cuda or unit.dtype == source.dtype:
-        return scaled(grad, unit, source, owned).to(source.dtype)
-    return torch.mul(unit, grad, out=torch.empty_like(unit, dtype=source.dtype))
-
-
 def _backward(ctx, grad, *_):
     saved, count = ctx.saved_tensors, len(ctx.places)
     out = [None] * _COUNT
     for i, unit, source in zip(ctx.places, saved[:count], saved[count:], strict=True):
         if ctx.needs_input_grad[i] and grad is not None:
-            out[i] = _rounded(grad, unit, source, ctx.owned)
+            out[i] = scaled(grad, unit, source, ctx.owned).to(source.dtype)
     return tuple(out)
 
 
@@ -150,13 +138,13 @@ def linear_ppo_loss(
     gradient is needed, the forward pass takes it from each chunk of logits before the next one
     overwrites it: three matrix products instead of the four of `linear_logprob` (kind "gspo" and a
     `group` take the four). On the CPU, masked tokens enter no product, and tokens whose gradient
-    is 0 (clipped, or with advantage 0) only the first. On CUDA all tokens enter the first, whose
-    number the host does not know; bfloat16 calls of up to four chunks leave the others out of the
-    products of the gradient on sm_90 and sm_100, without a synchronisation (`torch._grouped_mm`;
-    no bias, LoRA or logit scale; the gradient of a head of bfloat16 is then rounded before it is
-    scaled by the upstream gradient, and again after). Memory beside the result: a chunk of logits
-    as in `linear_logprob`, in half precision on CUDA gradients of logits of up to four chunks, and
-    the unit gradients, in float32, until the backward pass.
+    is 0 (clipped, or with advantage 0) only the first. On CUDA all tokens enter the first, because
+    the host does not know how many count; bfloat16 calls of up to four chunks leave the others out
+    of the products of the gradient on sm_90 and sm_100, without a synchronisation
+    (`torch._grouped_mm`; no bias, LoRA or logit scale). Memory beside the result: a chunk of logits
+    as in `linear_logprob`, in half precision on CUDA the gradients of up to four chunks of logits,
+    and the unit gradients until the backward pass. These are float32, but that of a half-precision
+    head on CUDA is rounded to its dtype, and again if the upstream gradient is no power of two.
     Sources: Schulman et al., "Proximal Policy Optimization Algorithms", 2017; Hsu et al., "Liger
     Kernel", 2024 (gradient in the forward pass); those of `linear_logprob` and `policy_loss`.
 

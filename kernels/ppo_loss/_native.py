@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from rlhf_fast.kernels._common.native import ESTIMATORS, address, kernel
+from rlhf_fast.kernels._common.native import DTYPES, ESTIMATORS, address, kernel
 
 from . import reference
 from ._kernels import KINDS, LOSSES, REDUCTIONS
@@ -48,9 +48,12 @@ def scale_unit_gradient(
     grad: torch.Tensor, unit: torch.Tensor, owned: bool = False
 ) -> torch.Tensor:
     """grad * unit, where grad is a scalar on the device; in place of `unit` if it is `owned`."""
-    if not unit.is_cuda or unit.numel() == 0 or {grad.dtype, unit.dtype} != {torch.float32}:
+    served = unit.is_cuda and grad.dtype == torch.float32 and unit.dtype in DTYPES
+    if not served or unit.numel() == 0:
         return reference.scale_unit_gradient(grad, unit)
     unit = unit.contiguous()
     out = unit if owned else torch.empty_like(unit)
-    kernel("scale_unit_gradient", unit)(*map(address, (grad, unit, out)), unit.numel())
+    kernel("scale_unit_gradient", unit)(
+        *map(address, (grad, unit, out)), DTYPES[unit.dtype], unit.numel()
+    )
     return out
