@@ -22,8 +22,8 @@ RLHF_HD void cluster_sync() {
   cooperative_groups::this_cluster().sync();
 }
 
-// x into the place of block `rank` of the cluster that is *place here. All blocks must have started (a
-// cluster_sync), and none may end before the cluster_sync behind the last such store.
+// x into the place of block `rank` of the cluster that is *place here. All blocks must have started
+// (a cluster_sync), and none may end before the cluster_sync behind the last such store.
 template <class T>
 RLHF_HD void store_in_block(T* place, unsigned rank, const T& x) {
   *cooperative_groups::this_cluster().map_shared_rank(place, rank) = x;

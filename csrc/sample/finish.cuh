@@ -43,14 +43,18 @@ RLHF_HD Masses masses_of(const Row<T>& row, Tokens& tokens, const Cut& cut) {
   return {tokens.rate, sum_team<BLOCKS>(whole)};
 }
 
+// Whether top-p keeps a token with the mass `before` above it; the first one always.
+template <class T>
+RLHF_HD bool stays(const Row<T>& row, const Masses& masses, uint64_t before) {
+  const float limit = static_cast<float>(1.0 - row.s.top_p);
+  return before == 0 || static_cast<float>(masses.whole - before) * 0x1p-62f > limit;
+}
+
 // Top-p among the tokens that `cut` keeps, which has all of its last equals.
 template <int BLOCKS, class T, class Tokens>
 RLHF_HD Cut nucleus(const Row<T>& row, const Tokens& tokens, const Masses& masses, const Cut& cut,
                     int bits, Histogram& histogram) {
-  const float limit = static_cast<float>(1.0 - row.s.top_p);
-  const auto stays = [&](uint64_t before) {
-    return before == 0 || static_cast<float>(masses.whole - before) * 0x1p-62f > limit;
-  };
+  const auto kept = [&](uint64_t before) { return stays(row, masses, before); };
   const Edge edge = select<BLOCKS>(
       histogram, bits,
       [&](const auto& add) {
@@ -59,7 +63,7 @@ RLHF_HD Cut nucleus(const Row<T>& row, const Tokens& tokens, const Masses& masse
           if (depth <= cut.depth) add(depth, Row<T>::mass_of(tokens.q(place, u)));
         });
       },
-      stays);
+      kept);
   // The last equals: as many as stay, the lowest ids first.
   uint64_t equals = 0;
   tokens.each([&](float, float u, int, int) { equals += row.depth(u) == edge.key ? 1 : 0; });
@@ -69,7 +73,7 @@ RLHF_HD Cut nucleus(const Row<T>& row, const Tokens& tokens, const Masses& masse
   uint64_t few = 1, many = equals;  // `few` stay; more than `many` do not
   while (few < many) {
     const uint64_t middle = (few + many + 1) / 2;
-    if (stays(edge.before + (middle - 1) * each))
+    if (kept(edge.before + (middle - 1) * each))
       few = middle;
     else
       many = middle - 1;
@@ -139,6 +143,50 @@ RLHF_HD Draw draw_from(const Row<T>& row, Tokens& tokens, const Masses& known, i
       if (kept(u, id)) f(u, id, score(z, id));
     });
   });
+  return draw;
+}
+
+// The same for a list of no more tokens than threads: each compares its own one with all others, so
+// that the definition is computed as it stands, with few barriers.
+template <class T>
+RLHF_HD Draw draw_from_few(const Row<T>& row, List& list, int count, const Masses& known) {
+  __shared__ uint32_t depths[kThreads];
+  __shared__ uint64_t masses[kThreads];
+  const RowSettings& s = row.s;
+  const int i = threadIdx.x;
+  const bool there = i < count;
+  const float z = there ? list.z[i] : row.top, u = there ? row.u(z) : row.top_u;
+  const int id = there ? list.id[i] : 0;
+  const uint32_t depth = row.depth(u);
+  bool kept = there && u > -kInfinity;
+  depths[i] = kept ? depth : ~0u;
+  __syncthreads();
+  if (s.top_k > 0 && kept) {
+    int before = 0;
+    for (int j = 0; j < count; ++j) before += depths[j] < depth ? 1 : 0;
+    kept = before < s.top_k;
+  }
+  const double e = kept ? row.e(u) : 0.0;
+  if (s.top_p < 1.0) {
+    Masses all = known;
+    if (s.top_k > 0) all.rate = 0x1p46 / static_cast<double>(sum_block(Row<T>::weight_of(e)));
+    const uint64_t mass = kept ? Row<T>::mass_of(static_cast<float>(e * all.rate)) : 0;
+    if (s.top_k > 0) all.whole = sum_block(mass);
+    masses[i] = mass;
+    __syncthreads();
+    if (kept) {
+      uint64_t before = 0;
+      for (int j = 0; j < count; ++j)
+        if (depths[j] < depth || (depths[j] == depth && list.id[j] < id)) before += masses[j];
+      kept = stays(row, all, before);
+    }
+  }
+  kept = kept && static_cast<float>(e) >= static_cast<float>(s.min_p);
+  Draw draw;
+  draw.part = sum_block(kept ? Row<T>::weight_of(row.e_of(z)) : uint64_t{0});
+  Winner mine = {kInfinity, -1};
+  if (kept) settle(row, u, id, mine);
+  draw.winner = best_in_block(mine);
   return draw;
 }
 

@@ -55,6 +55,13 @@ RLHF_HD void settle(const Row<T>& row, float u, int id, Winner& winner) {
   if (r < winner.r || (r == winner.r && id < winner.id)) winner = {r, id};
 }
 
+// Of equal r the lowest id.
+RLHF_HD Winner best_in_block(const Winner& mine) {
+  const double r = min_block(mine.r);
+  const int id = min_block(mine.id >= 0 && mine.r == r ? mine.id : INT32_MAX);
+  return {r, id == INT32_MAX ? -1 : id};
+}
+
 // The winner among the tokens of a block, whose threads know their `own` contenders. Scores are
 // relative to `origin` in place of log2 e = 0. `again(f)` calls f(u, id, score) for all tokens of
 // this thread that were offered.
@@ -80,10 +87,7 @@ RLHF_HD Winner settle_block(const Row<T>& row, const Contender& own, float origi
   } else if (own.id >= 0 && own.best >= limit && !first) {
     settle(row, row.u(row.logit(own.id)), own.id, mine);
   }
-  // Of equal r the lowest id.
-  const double r = min_block(mine.r);
-  const int id = min_block(mine.id >= 0 && mine.r == r ? mine.id : INT32_MAX);
-  return {r, id == INT32_MAX ? -1 : id};
+  return best_in_block(mine);
 }
 
 }  // namespace

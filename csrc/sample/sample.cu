@@ -98,25 +98,38 @@ RLHF_HD Scan scan_row(const Row<T>& row) {
   return scan;
 }
 
+// How many of the maxima are at least `order`, `order` + step and so on, 10 bits each. A warp has
+// at most 256.
+template <int BLOCKS>
+RLHF_HD uint32_t count_three(const uint32_t (&orders)[BLOCKS], uint32_t order, uint32_t step) {
+  uint32_t counts = 0;
+#pragma unroll
+  for (int rank = 0; rank < BLOCKS; ++rank)
+#pragma unroll
+    for (int i = 0; i < 3; ++i) counts += orders[rank] >= order + i * step ? 1u << 10 * i : 0;
+  return __reduce_add_sync(~0u, counts);
+}
+
 // A lower bound of the k-th largest logit: of the k-th largest maximum of a thread, the upper half
-// of its bits. -FLT_MAX where fewer threads than k have a token.
+// of its bits, two at a time. -FLT_MAX where fewer threads than k have a token.
 template <int BLOCKS>
 RLHF_HD float bound_of_kth(const float (&maxima)[BLOCKS], int64_t k) {
-  __shared__ int counts[2][kThreads / 32];
-  uint32_t order = 0;
-  for (int bit = 31; bit >= 16; --bit) {
-    const uint32_t candidate = order | 1u << bit;
-    int count = 0;
+  __shared__ uint32_t counts[2][kThreads / 32];
+  uint32_t orders[BLOCKS], order = 0;
 #pragma unroll
-    for (int rank = 0; rank < BLOCKS; ++rank) count += order_of(maxima[rank]) >= candidate;
-    count = __reduce_add_sync(~0u, count);
-    int (&parts)[kThreads / 32] = counts[bit % 2];  // two, so that one barrier is enough
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = count;
+  for (int rank = 0; rank < BLOCKS; ++rank) orders[rank] = order_of(maxima[rank]);
+  for (int bit = 30; bit >= 16; bit -= 2) {
+    const uint32_t step = 1u << bit;
+    const uint32_t warp_counts = count_three(orders, order + step, step);
+    uint32_t (&parts)[kThreads / 32] = counts[bit / 2 % 2];  // two, so that one barrier is enough
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = warp_counts;
     __syncthreads();
-    count = 0;
+    int number[3] = {};
 #pragma unroll
-    for (int warp = 0; warp < kThreads / 32; ++warp) count += parts[warp];
-    if (count >= k) order = candidate;
+    for (int warp = 0; warp < kThreads / 32; ++warp)
+#pragma unroll
+      for (int i = 0; i < 3; ++i) number[i] += parts[warp] >> 10 * i & 1023;
+    order += step * ((number[0] >= k) + (number[1] >= k) + (number[2] >= k));
   }
   return order < order_of(-FLT_MAX) ? -FLT_MAX : float_of(order);
 }
@@ -206,33 +219,45 @@ RLHF_HD Winner best_of(Share& share) {
   return best;
 }
 
-// The lists of all blocks in the first one's.
+// The lists of all blocks in the first one's: a warp copies from each.
 template <int BLOCKS>
 RLHF_HD void gather(List& list) {
-  int end = list.count;
-  for (int rank = 1; rank < BLOCKS; ++rank) {
-    const int count = Team<BLOCKS>::read(list.count, rank);
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      list.z[end + i] = Team<BLOCKS>::read(list.z[i], rank);
-      list.id[end + i] = Team<BLOCKS>::read(list.id[i], rank);
-    }
-    end += count;
+  static_assert(BLOCKS <= kThreads / 32, "a warp per block");
+  const int from = threadIdx.x / 32;
+  int begin = 0, count = 0;
+  for (int rank = 0; rank < BLOCKS; ++rank) {
+    const int number = Team<BLOCKS>::read(list.count, rank);
+    if (rank < from) begin += number;
+    if (rank == from) count = number;
+  }
+  if (from == 0) return;
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    list.z[begin + i] = Team<BLOCKS>::read(list.z[i], from);
+    list.id[begin + i] = Team<BLOCKS>::read(list.id[i], from);
   }
 }
 
-// By one thread. `part` is the sum of e over the kept set, 0 where nothing was cut.
+// By the first block; three of its warps have a number each, since logarithms in double take time.
+// `part` is the sum of e over the kept set, 0 where nothing was cut.
 template <class T>
 RLHF_HD void write(const SampleArgs& args, int64_t n, const Row<T>& row, int id, double part) {
-  const double total = row.total, weighted = row.weighted;
-  args.ids[n] = id;
-  args.logprob[n] = id < 0 ? -kInfinity : 0.0f;
-  args.log_mass[n] = args.entropy[n] = 0.0f;
-  if (id < 0 || row.s.greedy) return;
-  const double log_sum = log(total), log_kept = part > 0.0 ? log(part) : log_sum;
-  const double d = (static_cast<double>(row.logit(id)) - row.top) / row.s.temperature;
-  args.logprob[n] = static_cast<float>(d - log_kept) + 0.0f;  // no -0
-  if (part > 0.0) args.log_mass[n] = min(0.0f, static_cast<float>(log(part / total)));
-  args.entropy[n] = static_cast<float>(log_sum - weighted / total * 0.69314718055994531);
+  const bool drawn = id >= 0 && !row.s.greedy;
+  if (threadIdx.x == 0) {
+    float logprob = id < 0 ? -kInfinity : 0.0f;
+    if (drawn) {
+      const double log_kept = log(part > 0.0 ? part : row.total);
+      const double d = (static_cast<double>(row.logit(id)) - row.top) / row.s.temperature;
+      logprob = static_cast<float>(d - log_kept) + 0.0f;  // no -0
+    }
+    args.ids[n] = id;
+    args.logprob[n] = logprob;
+  } else if (threadIdx.x == 32) {
+    const bool cut = drawn && part > 0.0;
+    args.log_mass[n] = cut ? min(0.0f, static_cast<float>(log(part / row.total))) : 0.0f;
+  } else if (threadIdx.x == 64) {
+    const double mean = row.weighted / row.total * 0.69314718055994531;
+    args.entropy[n] = drawn ? static_cast<float>(log(row.total) - mean) : 0.0f;
+  }
 }
 
 template <int THREADS, int BLOCKS, class T>
@@ -244,8 +269,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS == 1 ? 3 : 4) sample_kernel(Sa
   __shared__ Share share;
   __shared__ List list;
   __shared__ Histogram histogram;
-  const int64_t n = blockIdx.x / BLOCKS;
-  const bool first = Blocks::rank() == 0, writes = first && threadIdx.x == 0;
+  const int n = blockIdx.x / BLOCKS;
+  const bool first = Blocks::rank() == 0;
   if (threadIdx.x == 0) {
     begin_row(args, n, row);
     list.count = 0;
@@ -270,12 +295,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS == 1 ? 3 : 4) sample_kernel(Sa
   own.raise(row.top, row.rate2);
   share_sums(own, share);
   float from = -FLT_MAX;
-  uint64_t mass = 0;
-  Winner winner = {kInfinity, -1};
   if (s.greedy) {
-    winner = first_of_largest(row, own, own_top);
+    const Winner winner = first_of_largest(row, own, own_top);
+    if (threadIdx.x == 0) share.winner = winner;
   } else if (whole) {
-    winner = settle_block(row, own.contender, row.top * row.rate2, [&](const auto& f) {
+    const Winner winner = settle_block(row, own.contender, row.top * row.rate2, [&](const auto& f) {
       for (int begin = first_column<BLOCKS>(); begin < row.vocabulary; begin += kStep<BLOCKS>) {
 #pragma unroll 1
         for (int id = begin; id < begin + kColumns && id < row.vocabulary; ++id) {
@@ -284,21 +308,20 @@ __global__ void __launch_bounds__(THREADS, BLOCKS == 1 ? 3 : 4) sample_kernel(Sa
         }
       }
     });
+    if (threadIdx.x == 0) share.winner = winner;
   } else {
     from = lowest_of_list(row, maxima);
+    uint64_t mass = 0;
     if (from > -FLT_MAX || row.vocabulary <= kList)
       mass = collect<BLOCKS>(row, own, own_top, from, list);
-    mass = sum_block(mass);
-  }
-  if (threadIdx.x == 0) {
-    share.mass = mass;
-    share.winner = winner;
+    if (s.top_k == 0) mass = sum_block(mass);  // for top-p alone
+    if (threadIdx.x == 0) share.mass = mass;
   }
   Blocks::sync();
 
   int count = 0;
   double total = 0.0, weighted = 0.0;
-  mass = 0;
+  uint64_t mass = 0;
   for (int rank = 0; rank < BLOCKS; ++rank) {
     total += Blocks::read(share.total, rank);
     weighted += Blocks::read(share.weighted, rank);
@@ -309,11 +332,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS == 1 ? 3 : 4) sample_kernel(Sa
     row.total = total;
     row.weighted = weighted;
   }
+  __syncthreads();
   if (!(total > 0.0)) {  // nothing to draw from, +inf or NaN
-    if (writes) write(args, n, row, -1, 0.0);
+    if (first) write(args, n, row, -1, 0.0);
   } else if (s.greedy || whole) {
-    winner = best_of<BLOCKS>(share);
-    if (writes) write(args, n, row, winner.id, 0.0);
+    const Winner winner = best_of<BLOCKS>(share);
+    if (first) write(args, n, row, winner.id, 0.0);
   } else {
     const bool top_p_alone = s.top_k == 0 && s.top_p < 1.0;
     // Above the mass that top-p needs by more than float knows it.
@@ -327,17 +351,20 @@ __global__ void __launch_bounds__(THREADS, BLOCKS == 1 ? 3 : 4) sample_kernel(Sa
       if (first) gather<BLOCKS>(list);
       Blocks::sync();
       if (!first) return;
-      ListedTokens<T> tokens = {row, 0.0, list, count};
-      const int bits = bits_of_number(row.depth(row.u(from)));
-      draw = draw_from<1>(row, tokens, known, bits, histogram);
-      winner = draw.winner;
+      if (count <= kThreads) {
+        draw = draw_from_few(row, list, count, known);
+      } else {
+        ListedTokens<T> tokens = {row, 0.0, list, count};
+        const int bits = bits_of_number(row.depth(row.u(from)));
+        draw = draw_from<1>(row, tokens, known, bits, histogram);
+      }
     } else {
       draw = draw_from<BLOCKS>(row, all, known, bits_of_number(row.depth(-kInfinity)), histogram);
       if (threadIdx.x == 0) share.winner = draw.winner;
       Blocks::sync();
-      winner = best_of<BLOCKS>(share);
+      draw.winner = best_of<BLOCKS>(share);
     }
-    if (writes) write(args, n, row, winner.id, static_cast<double>(draw.part) * 0x1p-46);
+    if (first) write(args, n, row, draw.winner.id, static_cast<double>(draw.part) * 0x1p-46);
     if (listed) return;
   }
   Blocks::sync();  // all have read from the others

@@ -12,7 +12,7 @@ from rlhf_fast import _args, _dispatch
 from ._checks import check_logits
 
 _ELSEWHERE = "on a GPU the reference serves it, without a host synchronisation"
-_dispatch.implementations("sample", __package__, triton="only the other three implement it so far")
+_dispatch.implementations("sample", __package__, triton="there is none; on a GPU cuda serves it")
 _dispatch.implementations("replay_logprob", __package__, triton=_ELSEWHERE, cuda=_ELSEWHERE)
 
 _TEMPERATURE = "float temperature, Tensor? temperatures"
