@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,8 +66,32 @@ class GraphedSteps:
                 self._capture(step, width)
             if width in self.graphs:
                 self.graphs[width].replay()
+            elif self.seen[width] == WARM_UP:
+                self._watched(step, width)
             else:
                 step(width)
+
+    def _give_up(self, error: RuntimeError) -> None:
+        logger.warning("rollout: the decode step runs without CUDA graphs: %s", error)
+        self.on = False
+
+    def _watched(self, step: Step, width: int) -> None:
+        """A step in which torch raises where the host waits for the device.
+
+        Better found here than by a capture that fails. The model is what may wait, and it comes
+        before a step changes any state: the step can be run anew.
+        """
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls this mode a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(width)
+        except RuntimeError as error:
+            self._give_up(error)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        step(width)
 
     def _capture(self, step: Step, width: int) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -84,7 +109,6 @@ class GraphedSteps:
             # that takes itself to be captured and refuses to serve.
             torch.cuda.set_stream(stream)
             generator.graphsafe_set_state(spare)
-            logger.warning("rollout: the decode step runs without CUDA graphs: %s", error)
-            self.on = False
+            self._give_up(error)
             return
         self.graphs[width] = graph
