@@ -156,13 +156,13 @@ def section(path: Path, content: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def newest_of_each_device(
-    results: list[tuple[Path, dict[str, Any]]],
+def newest_of_each(
+    key: str, results: list[tuple[Path, dict[str, Any]]]
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """device -> its newest (file, content); `results` are newest first."""
+    """header[key] -> its newest (file, content); `results` are newest first."""
     newest: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path, content in results:
-        newest.setdefault(content["header"]["device"], (path, content))
+        newest.setdefault(content["header"][key], (path, content))
     return newest
 
 
@@ -181,9 +181,10 @@ def _one_row_per_op(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(results: list[tuple[Path, dict[str, Any]]]) -> str:
-    """What the README shows: the largest case of each op against plain and compiled PyTorch."""
+    """What the README shows: the largest case of each op against plain and compiled PyTorch, in
+    the newest run on a CPU and on a GPU."""
     lines = []
-    for _, content in newest_of_each_device(results).values():
+    for _, content in newest_of_each("device_type", results).values():
         header = content["header"]
         lines += [
             f"{header['device']}, {header['threads']} threads, torch {header['torch']}, commit "
@@ -237,7 +238,7 @@ def fill(readme: str, name: str, text: str) -> str:
 
 def report(results: list[tuple[Path, dict[str, Any]]]) -> str:
     """The whole page."""
-    newest = newest_of_each_device(results)
+    newest = newest_of_each("device", results)
     lines = [INTRODUCTION]
     if not results:
         lines += ["No results yet.", ""]

@@ -30,7 +30,7 @@ from ._triton_whiten import whiten
 __all__ = ["AOT_SIGNATURES", "group_advantages", "ppo_advantages", "shaped_rewards", "whiten"]
 
 # (longest row, log2 of the tokens per block, warps): as for `gae`, 8 tokens per thread from 256
-# tokens on. From reasoning and the register table alone: not measured on a GPU.
+# tokens on. From reasoning and the register table alone: not tuned on a GPU.
 SHAPES = ((64, 6, 1), (256, 8, 1), (1024, 10, 4), (None, 11, 8))
 # The interpreter takes 0.1 ms per element of a scan: small blocks waste less on short rows.
 INTERPRETER_SHAPE = (6, 1)

@@ -17,7 +17,7 @@ from rlhf_fast.kernels._common.moments import block_moments, merge, merged_parts
 
 from .reference import merge_moments, moments_of_group
 
-# Of a program's turn: 16 numbers per thread. From this reasoning alone: not measured on a GPU.
+# Of a program's turn: 16 numbers per thread. From this reasoning alone: not tuned on a GPU.
 LOG2_BLOCK, WARPS = 12, 8
 # Programs of a launch at most, each of which takes every so many-th block. It bounds the parts of
 # `whiten` and how often they are read again: four programs per multiprocessor of a large GPU.

@@ -23,7 +23,7 @@ from rlhf_fast.kernels._common.launch import on_device_of
 
 SPLIT = 256
 # Bytes of a block of keys: three stages of keys and values fit into 96 KiB of shared memory. From
-# this reasoning alone: not measured on a GPU.
+# this reasoning alone: not tuned on a GPU.
 BLOCK_BYTES = 8192
 # Warps for half precision, and for float32, whose products need more registers.
 WARPS, WARPS_FLOAT = 4, 8

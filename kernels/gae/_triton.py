@@ -19,7 +19,7 @@ from rlhf_fast.kernels._common.launch import on_device_of
 from rlhf_fast.kernels._common.scan import first, nearest_values, traces
 
 # (longest row, tokens per block, warps): 8 tokens per thread from 256 tokens on, so that a block's
-# loads hide their latency. From this reasoning and the register table alone: not measured on a GPU.
+# loads hide their latency. From this reasoning and the register table alone: not tuned on a GPU.
 SHAPES = ((64, 64, 1), (256, 256, 1), (1024, 1024, 4), (None, 2048, 8))
 # The length of a packed row is on the device, and a row must not depend on its batch: one shape.
 PACKED_SHAPE = (1024, 4)

@@ -22,7 +22,7 @@ __all__ = [
 
 # (largest vocabulary, log2 of the lanes, warps): 8 lanes per thread, as in the log-prob room, where
 # a lane's state is now seven numbers. Both passes in one kernel take 4 per thread: it spills with
-# 8, and with 512 threads on sm_80. From that reasoning alone: not measured on a GPU.
+# 8, and with 512 threads on sm_80. From that reasoning alone: not tuned on a GPU.
 SHAPES = ((1024, 8, 1), (4096, 9, 2), (32768, 10, 4), (None, 11, 8))
 ONE_PASS_SHAPES = ((1024, 8, 2), (4096, 9, 4), (None, 10, 8))
 

@@ -30,7 +30,7 @@ from rlhf_fast.kernels._common.launch import flat, gradient_of, inverse, on_devi
 # (largest vocabulary, log2 of the lanes, warps). Every entry gives a thread 8 lanes: one 16-byte
 # load of half-precision logits, and few enough registers (SHAPES x architectures in
 # tests/data/triton_resources.json) for 20 or more warps on a multiprocessor. Small vocabularies get
-# few lanes so that one step covers the row. From this reasoning alone: not measured on a GPU.
+# few lanes so that one step covers the row. From this reasoning alone: not tuned on a GPU.
 SHAPES = ((1024, 8, 1), (4096, 9, 2), (32768, 10, 4), (None, 11, 8))
 
 

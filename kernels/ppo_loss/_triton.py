@@ -37,7 +37,7 @@ from .reference import STATS, bounds
 
 # (longest row, log2 of the tokens per block, warps): four tokens per thread, 16 bytes a load; with
 # up to 15 sums per lane eight would take 120 registers. From reasoning and the register table
-# alone: not measured on a GPU.
+# alone: not tuned on a GPU.
 SHAPES = ((128, 7, 1), (None, 9, 4))
 PART = 8  # blocks of a part
 FINISH = 8, 10, 8  # log2 of the parts and of the rows that are read at once; warps

@@ -20,7 +20,7 @@ from rlhf_fast.kernels._common.device_math import LOG2_E, accurate_exp2, tree_su
 from rlhf_fast.kernels._common.launch import on_device_of
 
 # (log2 of the lanes, warps) for at most 32 completions and for more. From reasoning alone: not
-# measured on a GPU.
+# tuned on a GPU.
 NARROW, WIDE = (5, 1), (7, 4)
 # Gradients that a program scales, prompts that it counts at a time, programs, warps.
 LOG2_BLOCK, PROGRAMS, WARPS = 10, 512, 4
