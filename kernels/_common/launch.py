@@ -21,6 +21,11 @@ def flat(x: torch.Tensor | None) -> torch.Tensor | None:
 ELSEWHERE = -(2**62)
 
 
+def dense_last(x: torch.Tensor) -> torch.Tensor:
+    """`x` with a last axis whose elements are neighbours; a copy only where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def gradient_of(
     x: torch.Tensor, out: torch.Tensor | None, *, rounded: bool = False, placed: bool = False
 ) -> torch.Tensor:

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from rlhf_fast.kernels._common.launch import dense_last
 from rlhf_fast.kernels._common.native import dtype_number, kernel
-
-
-def _dense_last(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def decode_attention(
@@ -27,7 +24,7 @@ def decode_attention(
     dtype = dtype_number("query", query)
     slots, heads, size = query.shape
     key_heads, columns = keys.shape[1:3]
-    query, keys, values = query.contiguous(), _dense_last(keys), _dense_last(values)
+    query, keys, values = query.contiguous(), dense_last(keys), dense_last(values)
     lengths = lengths.to(torch.int64).contiguous()
     out = torch.empty_like(query)
     if out.numel() == 0:

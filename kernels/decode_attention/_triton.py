@@ -19,7 +19,7 @@ import triton.language as tl
 
 from rlhf_fast._dispatch import interpreting
 from rlhf_fast.kernels._common.device_math import LOG2_E, softcapped
-from rlhf_fast.kernels._common.launch import on_device_of
+from rlhf_fast.kernels._common.launch import dense_last, on_device_of
 
 SPLIT = 256
 # Bytes of a block of keys: three stages of keys and values fit into 96 KiB of shared memory. From
@@ -186,10 +186,6 @@ AOT_SIGNATURES = [
 ]
 
 
-def _dense_last(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def decode_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -202,7 +198,7 @@ def decode_attention(
     """`[B, Hq, D]` in the query's dtype; 0 for a slot that sees no column."""
     slots, heads, size = query.shape
     key_heads, columns = keys.shape[1:3]
-    query, keys, values = query.contiguous(), _dense_last(keys), _dense_last(values)
+    query, keys, values = query.contiguous(), dense_last(keys), dense_last(values)
     out = torch.empty_like(query)
     if out.numel() == 0:
         return out
