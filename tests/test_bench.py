@@ -215,8 +215,9 @@ def load_report_script():
     return module
 
 
-def test_page_shows_the_newest_and_lists_the_older(tmp_path, report):
+def test_page_shows_the_newest_and_lists_the_older(tmp_path, report, monkeypatch):
     script = load_report_script()
+    monkeypatch.setattr(script, "SHOWN_BYTES", 0)
     folder = tmp_path / "results"
     folder.mkdir()
     for name, date in (("old", "2025-01-01T00:00:00"), ("new", "2025-02-01T00:00:00")):
@@ -278,7 +279,7 @@ def test_page_refuses_quick_runs_and_runs_without_commit(tmp_path, report):
 
 def test_readme_shows_the_largest_case_on_the_fastest_backend_and_no_reference(report):
     script = load_report_script()
-    row = report.rows[0]
+    row = {**report.rows[0], "bytes": script.SHOWN_BYTES}
     rows = [
         {**row, "backend": backend, "median_ms": ms, "op": op}
         for op, backend, ms in (
@@ -287,6 +288,7 @@ def test_readme_shows_the_largest_case_on_the_fastest_backend_and_no_reference(r
         )
     ]  # fmt: skip
     rows.append({**rows[1], "bytes": rows[1]["bytes"] // 2, "median_ms": 0.5})
+    rows.append({**row, "op": "ranking_loss", "backend": "cpu", "bytes": 100, "median_ms": 0.1})
     header = {**report.header, "commit": "abc"}
     text = script.summary([(Path("x.json"), {"header": header, "rows": rows})])
     table = [line for line in text.splitlines() if line.startswith("| ")]
