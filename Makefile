@@ -30,8 +30,9 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/rlhf-fast demo
 
+# One worker per core; OpenMP threads that wait must not spin, for they share the cores.
 test: setup
-	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 8 $(PYTEST_FLAGS)
 
 # Times every op on this machine; see docs/RESULTS.md for the kept ones.
 bench: setup
