@@ -3,8 +3,8 @@
 // As in logprob.cu a column's index alone decides which thread sums it, and threads are combined in
 // a fixed order, so that a row's bits depend neither on its alignment nor on the other rows.
 #define RLHF_ISA cuda
-#include "common/device.cuh"
 #include "kl/kl.h"
+#include "logprob/chosen.cuh"
 
 namespace rlhf::cuda {
 namespace {
@@ -16,8 +16,6 @@ constexpr int kBlocks = 5;
 #else
 constexpr int kBlocks = 4;
 #endif
-
-RLHF_HD float not_a_number() { return __int_as_float(0x7fc00000); }
 
 // What is subtracted for a maximum: 0 for -inf, since -inf - -inf is NaN.
 RLHF_HD float base_of(float top) { return top == -kInfinity ? 0.0f : top; }
@@ -146,14 +144,6 @@ RLHF_HD double block_sum_double(double x, double* shared) {
   x = shared[0];
   for (int warp = 1; warp < blockDim.x / 32; ++warp) x += shared[warp];
   return x;
-}
-
-// The logit of the row's token, 0 for kElsewhere. Ids are not checked on the device: one out of
-// range reads nothing and gives NaN.
-template <class T>
-RLHF_HD float chosen_logit(const LogitRows& in, const T* z, int64_t y) {
-  if (y >= 0 && y < in.vocabulary) return to_float(z[y]);
-  return y == kElsewhere ? 0.0f : not_a_number();
 }
 
 template <class T, class R>

@@ -3,7 +3,7 @@
 // Which thread sums which column is fixed by the column's index, and threads are combined in a
 // fixed order, so that a row's bits depend neither on its alignment nor on the other rows.
 #define RLHF_ISA cuda
-#include "common/device.cuh"
+#include "logprob/chosen.cuh"
 #include "logprob/logprob.h"
 
 namespace rlhf::cuda {
@@ -18,8 +18,6 @@ constexpr int kBlocks = 4;
 #else
 constexpr int kBlocks = 3;
 #endif
-
-RLHF_HD float not_a_number() { return __int_as_float(0x7fc00000); }
 
 // With d = rate (z - top) in units of ln 2: total = sum 2^d, weighted = sum 2^d d.
 struct Softmax {
@@ -107,14 +105,6 @@ RLHF_HD void store_values(const LogprobArgs& args, int64_t row, const RowValues&
   args.row_max[row] = row_max;
   args.log_sum[row] = values.log_sum;
   if (WEIGHTED) args.entropy[row] = values.entropy;
-}
-
-// The logit of the row's token, 0 for kElsewhere. Ids are not checked on the device: one out of
-// range reads nothing and gives NaN.
-template <class T>
-RLHF_HD float chosen_logit(const LogitRows& in, const T* z, int64_t y) {
-  if (y >= 0 && y < in.vocabulary) return to_float(z[y]);
-  return y == kElsewhere ? 0.0f : not_a_number();
 }
 
 template <class T, bool WEIGHTED, bool CAPPED>
