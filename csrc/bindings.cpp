@@ -428,18 +428,26 @@ RankingLossArgs ranking_loss_args(int threads, Address scores, Address ranks, Ad
   return args;
 }
 
+// The tokens and kept sets that the forward pass of replay_logprob writes and its backward pass
+// reads.
+template <class Args>
+void set_kept(Args& args, Address ids, Address tau, Address last, Address log_kept,
+              Address log_sum) {
+  args.ids = required<int64_t>(ids, "ids");
+  args.tau = required<float>(tau, "tau");
+  args.last = required<int64_t>(last, "last");
+  args.log_kept = required<float>(log_kept, "log_kept");
+  args.log_sum = required<float>(log_sum, "log_sum");
+}
+
 ReplayArgs replay_args(int threads, const SampleTuple& rows, Address ids, Address logprob,
                        Address log_mass, Address tau, Address last, Address log_kept,
                        Address log_sum) {
   ReplayArgs args;
   args.in = sample_rows(threads, rows);
-  args.ids = required<int64_t>(ids, "ids");
+  set_kept(args, ids, tau, last, log_kept, log_sum);
   args.logprob = required<float>(logprob, "logprob");
   args.log_mass = required<float>(log_mass, "log_mass");
-  args.tau = required<float>(tau, "tau");
-  args.last = required<int64_t>(last, "last");
-  args.log_kept = required<float>(log_kept, "log_kept");
-  args.log_sum = required<float>(log_sum, "log_sum");
   return args;
 }
 
@@ -451,11 +459,7 @@ ReplayBackwardArgs replay_backward_args(int threads, const SampleTuple& rows, Ad
   args.in = sample_rows(threads, rows);
   args.grad_logprob = required<float>(grad_logprob, "grad_logprob");
   args.grad_log_mass = required<float>(grad_log_mass, "grad_log_mass");
-  args.ids = required<int64_t>(ids, "ids");
-  args.tau = required<float>(tau, "tau");
-  args.last = required<int64_t>(last, "last");
-  args.log_kept = required<float>(log_kept, "log_kept");
-  args.log_sum = required<float>(log_sum, "log_sum");
+  set_kept(args, ids, tau, last, log_kept, log_sum);
   args.out = required<void>(out, "out");
   return args;
 }
