@@ -2,6 +2,8 @@
 // that a token has the same bits wherever it stands.
 #pragma once
 
+#include <algorithm>
+
 #include "common/vec.h"
 
 namespace rlhf::RLHF_ISA {
@@ -52,8 +54,20 @@ inline IntVec load_mask(const uint8_t* p, int n) {
 // How many of n tokens count.
 inline int64_t count_tokens(const uint8_t* p, int64_t n) {
   if (!p) return n;
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += p[i] != 0;
+  int64_t count = 0, i = 0;
+  // Bytes hold the counts of 255 steps.
+  typedef uint8_t Bytes __attribute__((vector_size(64)));
+  while (i + 64 <= n) {
+    Bytes counts = {};
+    const int64_t end = std::min(n, i + 255 * 64);
+    for (; i + 64 <= end; i += 64) {
+      Bytes x;
+      std::memcpy(&x, p + i, 64);
+      counts -= bits_of<Bytes>(x != 0);
+    }
+    for (int k = 0; k < 64; ++k) count += counts[k];
+  }
+  for (; i < n; ++i) count += p[i] != 0;
   return count;
 }
 

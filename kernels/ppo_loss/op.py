@@ -20,6 +20,7 @@ from ._checks import (
     check_normalizer,
     clip_arguments,
     common_dtype,
+    data_rows,
     optional,
     rows,
     split_normalizer,
@@ -304,13 +305,11 @@ def policy_loss(
         advantages=advantages,
         importance_weights=importance_weights,
     )
-    if kind != "reinforce":
-        advantages = advantages.detach()
-    weights = None if importance_weights is None else importance_weights.detach()
+    advantage_rows = rows if kind == "reinforce" else data_rows
     loss, stats = drop_units(
         torch.ops.rlhf_fast.policy_loss,
-        rows(logprob, dtype), rows(old_logprob.detach(), dtype), rows(advantages, dtype),
-        token_mask(mask, logprob, "logprob"), rows(weights, dtype),
+        rows(logprob, dtype), data_rows(old_logprob, dtype), advantage_rows(advantages, dtype),
+        token_mask(mask, logprob, "logprob"), data_rows(importance_weights, dtype),
         *split_normalizer(normalizer, logprob.device, dtype), kind,
         *clip_arguments(clip_low, clip_high, dual_clip), reduction,
         _dispatch.requested("policy_loss"),
@@ -358,7 +357,7 @@ def value_loss(
     dtype = common_dtype(values=values, old_values=old_values, returns=returns)
     loss, stats = drop_units(
         torch.ops.rlhf_fast.value_loss,
-        rows(values, dtype), rows(old_values.detach(), dtype), rows(returns.detach(), dtype),
+        rows(values, dtype), data_rows(old_values, dtype), data_rows(returns, dtype),
         token_mask(mask, values, "values"), *split_normalizer(normalizer, values.device, dtype),
         optional("clip", clip, low=0.0), reduction, _dispatch.requested("value_loss"),
     )  # fmt: skip
@@ -437,12 +436,11 @@ def ppo_loss(
         entropy=entropy,
         ref_logprob=ref_logprob,
     )
-    ref_logprob = None if ref_logprob is None else ref_logprob.detach()
     loss, stats = drop_units(
         torch.ops.rlhf_fast.ppo_loss,
-        rows(logprob, dtype), rows(old_logprob.detach(), dtype), rows(advantages.detach(), dtype),
-        rows(values, dtype), rows(old_values.detach(), dtype), rows(returns.detach(), dtype),
-        token_mask(mask, logprob, "logprob"), rows(entropy, dtype), rows(ref_logprob, dtype),
+        rows(logprob, dtype), data_rows(old_logprob, dtype), data_rows(advantages, dtype),
+        rows(values, dtype), data_rows(old_values, dtype), data_rows(returns, dtype),
+        token_mask(mask, logprob, "logprob"), rows(entropy, dtype), data_rows(ref_logprob, dtype),
         *split_normalizer(normalizer, logprob.device, dtype),
         *clip_arguments(clip_low, clip_high, dual_clip),
         optional("value_clip", value_clip, low=0.0), value_coef, entropy_coef, kl_coef,
