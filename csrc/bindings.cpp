@@ -12,6 +12,7 @@
 #include "common/check.h"
 #include "common/isa.h"
 #include "decode_attention/decode_attention.h"
+#include "decode_linear/decode_linear.h"
 #include "gae/gae.h"
 #include "kl/kl.h"
 #include "logprob/logprob.h"
@@ -464,6 +465,20 @@ ReplayBackwardArgs replay_backward_args(int threads, const SampleTuple& rows, Ad
   return args;
 }
 
+DecodeLinearArgs decode_linear_args(int threads, Address x, Address weight, Address bias,
+                                    Address out, int64_t rows, int64_t size, int64_t outputs) {
+  for (int64_t value : {rows, size, outputs}) check_positive(value, "sizes");
+  check_positive(threads, "threads");
+  return {required<float>(x, "x"),
+          required<float>(weight, "weight"),
+          pointer<float>(bias),
+          required<float>(out, "out"),
+          rows,
+          size,
+          outputs,
+          threads};
+}
+
 DecodeAttentionArgs decode_attention_args(int threads, Address query, Address keys, Address values,
                                           Address lengths, Address out, int dtype, int64_t slots,
                                           int64_t key_heads, int64_t group, int64_t columns,
@@ -550,6 +565,7 @@ PYBIND11_MODULE(_C, m) {
   RLHF_DEFINE(ppo_loss, ppo_loss_args);
   RLHF_DEFINE(ranking_loss, ranking_loss_args);
   RLHF_DEFINE_CPU(decode_attention, decode_attention_args);
+  RLHF_DEFINE_CPU(decode_linear, decode_linear_args);
   RLHF_DEFINE_CPU(replay_logprob, replay_args);
   RLHF_DEFINE_CPU(replay_logprob_backward, replay_backward_args);
   RLHF_DEFINE_CUDA(sample, sample_args);

@@ -13,6 +13,7 @@ from rlhf_fast.kernels.advantages import (
     whiten,
 )
 from rlhf_fast.kernels.decode_attention import decode_attention
+from rlhf_fast.kernels.decode_linear import decode_linear
 from rlhf_fast.kernels.gae import GAE, discounted_returns, gae, gae_packed
 from rlhf_fast.kernels.kl import (
     KLFull,
@@ -63,6 +64,7 @@ __all__ = [
     "batch_invariant",
     "causal_lm_head",
     "decode_attention",
+    "decode_linear",
     "discounted_returns",
     "gae",
     "gae_packed",

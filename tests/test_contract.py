@@ -120,6 +120,7 @@ SAMPLES = {
         ),
         {"window": 4, "softcap": 5.0},
     ),
+    "decode_linear": lambda: ((randn(B, H), randn(5, H, seed=1), randn(5, seed=2)), {}),
     "sample": lambda: (
         (randn(B, V),),
         {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "seed": 3, "position": 1},

@@ -43,6 +43,11 @@ ATTENTION = {"B": 16, "Hq": 32, "Hk": 8, "C": 1024, "D": 128}
 ATTENTION_GPU = {"B": 64, "Hq": 32, "Hk": 8, "C": 2048, "D": 128}
 ATTENTION_QUICK = {"B": 3, "Hq": 4, "Hk": 2, "C": 40, "D": 16}
 
+# One token of each of N slots through a layer: the MLP of a 1.5 B model, and a head.
+LINEAR_LAYER = {"N": 16, "H": 2048, "O": 5632}
+LINEAR_HEAD = {"N": 16, "H": 512, "O": LLAMA2}
+LINEAR_QUICK = {"N": 3, "H": 40, "O": 50}
+
 # Prompts and their completions: InstructGPT ranks up to 9, GRPO groups have 8.
 RANKING = {"P": 64, "K": 9}
 GROUPS = {"P": 512, "K": 8}

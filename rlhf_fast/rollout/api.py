@@ -212,6 +212,7 @@ class Rollout:
         from rlhf_fast.rollout.loop import Loop
         from rlhf_fast.rollout.rescore import rescore
         from rlhf_fast.rollout.slots import ATTENTION
+        from rlhf_fast.rollout.weights import with_decode_weights
 
         prompt_ids, prompt_mask = (x.repeat_interleave(n, 0) for x in pad_left(prompts, eos.device))
         columns = max(map(len, prompts), default=0) + max_new_tokens
@@ -221,7 +222,7 @@ class Rollout:
                 self.model, prompts, torch.tensor(seeds, dtype=torch.int64, device=eos.device), eos,
                 cache, n=n, max_new_tokens=max_new_tokens, sampling=sampling, on_finish=advance,
             )  # fmt: skip
-            loop.run()
+            with_decode_weights(self.model, loop.run)
         # Behind the rows there is a spare one.
         lengths = loop.lengths[:-1].clone()
         longest = max(lengths.tolist(), default=0)
