@@ -479,28 +479,42 @@ DecodeLinearArgs decode_linear_args(int threads, Address x, Address weight, Addr
           threads};
 }
 
-DecodeAttentionArgs decode_attention_args(int threads, Address query, Address keys, Address values,
-                                          Address lengths, Address out, int dtype, int64_t slots,
-                                          int64_t key_heads, int64_t group, int64_t columns,
-                                          int64_t size, const std::array<int64_t, 3>& key_strides,
-                                          const std::array<int64_t, 3>& value_strides,
-                                          int64_t window, float scale, float softcap) {
-  for (int64_t value : {slots, key_heads, group, columns, size}) check_positive(value, "sizes");
+// (keys, values, lengths, columns, strides of keys, of values); all 0 where there are none.
+using KeyValuesTuple =
+    std::tuple<Address, Address, Address, int64_t, std::array<int64_t, 3>, std::array<int64_t, 3>>;
+
+KeyValues key_values(const KeyValuesTuple& given) {
+  const auto& [keys, values, lengths, columns, key_strides, value_strides] = given;
+  RLHF_CHECK(columns >= 0, "columns: expected at least 0, got " + std::to_string(columns));
+  KeyValues part;
+  part.keys = columns ? required<void>(keys, "keys") : nullptr;
+  part.values = columns ? required<void>(values, "values") : nullptr;
+  part.lengths = columns ? required<int64_t>(lengths, "lengths") : nullptr;
+  part.columns = columns;
+  std::copy(key_strides.begin(), key_strides.end(), part.key_strides);
+  std::copy(value_strides.begin(), value_strides.end(), part.value_strides);
+  return part;
+}
+
+DecodeAttentionArgs decode_attention_args(int threads, Address query, Address out, int dtype,
+                                          const KeyValuesTuple& own, const KeyValuesTuple& prefix,
+                                          Address prefix_rows, int64_t slots, int64_t key_heads,
+                                          int64_t group, int64_t size, int64_t window, float scale,
+                                          float softcap) {
+  for (int64_t value : {slots, key_heads, group, size}) check_positive(value, "sizes");
   check_positive(threads, "threads");
+  check_dtype(dtype, "dtype");
   DecodeAttentionArgs args;
   args.query = required<void>(query, "query");
-  args.keys = required<void>(keys, "keys");
-  args.values = required<void>(values, "values");
-  args.lengths = required<int64_t>(lengths, "lengths");
   args.out = required<void>(out, "out");
   args.dtype = static_cast<Dtype>(dtype);
+  args.own = key_values(own);
+  args.prefix = key_values(prefix);
+  args.prefix_rows = args.prefix.columns ? required<int64_t>(prefix_rows, "prefix_rows") : nullptr;
   args.slots = slots;
   args.key_heads = key_heads;
   args.group = group;
-  args.columns = columns;
   args.size = size;
-  std::copy(key_strides.begin(), key_strides.end(), args.key_strides);
-  std::copy(value_strides.begin(), value_strides.end(), args.value_strides);
   args.window = window;
   args.scale = scale;
   args.softcap = softcap;

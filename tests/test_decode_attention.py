@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import rlhf_fast
 from rlhf_fast import _dispatch
+from rlhf_fast.kernels.decode_attention import Prefix
 from rlhf_fast.testing import (
     assert_accurate,
     assert_same_bits,
@@ -110,6 +111,125 @@ def test_options(backend, options):
 def test_peaked_scores(backend, scale):
     """Scores of several hundred: exponentials of all columns but a few vanish."""
     check(backend, cache(C=600, scale=scale), (600, 40, 300))
+
+
+# --------------------------------------------------------------------------- a prefix
+
+
+def prefixed(rows, before, own, *, P=3, Cp=300, C=300, dtype=torch.float32, **sizes):
+    """((query, keys, values), lengths, prefix, and each slot's whole keys and values)."""
+    query, keys, values = cache(len(rows), C=C, dtype=dtype, **sizes)
+    _, *shared = cache(P, C=Cp, dtype=dtype, seed=7, **sizes)
+    whole = [
+        [
+            torch.cat((p[r, :, :n], x[b, :, :m]), 1)
+            for p, x in zip(shared, (keys, values), strict=True)
+        ]
+        for b, (r, n, m) in enumerate(zip(rows, before, own, strict=True))
+    ]
+    prefix = Prefix(*shared, torch.tensor(rows), torch.tensor(before))
+    return (query, keys, values), own, prefix, whole
+
+
+def check_prefix(backend, given, **options):
+    tensors, own, prefix, whole = given
+    device = device_of(backend)
+    with poisoned_memory():
+        ours = attend(
+            backend, *tensors, own, prefix=Prefix(*(x.to(device) for x in prefix)), **options
+        )
+
+    def expected(dtype):
+        return torch.cat(
+            [
+                by_sdpa(
+                    q[None].to(dtype), k[None].to(dtype), v[None].to(dtype), [k.shape[1]], **options
+                )
+                for q, (k, v) in zip(tensors[0], whole, strict=True)
+            ]
+        )
+
+    assert_accurate(backend, ours, expected(torch.float64), expected(tensors[0].dtype))
+    return ours
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("rows", "before", "own"),
+    [
+        ((0, 0, 2, 1), (5, 5, 300, 256), (1, 7, 300, 2)),
+        ((1, 1, 1), (257, 257, 257), (1, 256, 257)),
+        ((2, 0, 1), (0, 4, 0), (3, 0, 0)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 260}, {"softcap": 5.0}], ids=str)
+def test_prefix(backend, rows, before, own, options):
+    check_prefix(backend, prefixed(rows, before, own), **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_prefix_in_half_precision(backend, dtype):
+    check_prefix(backend, prefixed((1, 1, 0), (280, 280, 3), (1, 5, 300), dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_lies_behind_a_prefix_is_never_looked_at(backend):
+    given = prefixed((0, 0, 2), (5, 5, 290), (1, 7, 30))
+    expected = check_prefix(backend, given)
+    tensors, own, prefix, _ = given
+    for x in prefix[:2]:
+        x[0, :, 5:], x[1], x[2, :, 290:] = torch.nan, torch.inf, torch.nan
+    for x in tensors[1:]:
+        for b, n in enumerate(own):
+            x[b, :, n:] = torch.nan
+    assert_same_bits(backend, check_prefix(backend, given), expected)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_slots_of_a_prefix_do_not_depend_on_each_other(backend):
+    tensors, own, prefix, _ = prefixed((0, 0, 2, 0), (270, 270, 30, 270), (1, 7, 300, 40))
+    device = device_of(backend)
+    prefix = Prefix(*(x.to(device) for x in prefix))
+    whole = attend(backend, *tensors, own, prefix=prefix)
+    for b in range(4):
+        one = Prefix(prefix.keys, prefix.values, prefix.rows[b : b + 1], prefix.lengths[b : b + 1])
+        alone = attend(backend, *(x[b : b + 1] for x in tensors), own[b : b + 1], prefix=one)
+        assert_same_bits(backend, alone[0], whole[b])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"keys": torch.zeros(3, 2, 5)}, ValueError, "prefix.keys: expected shape"),
+        ({"keys": torch.zeros(0, 2, 5, 8)}, ValueError, "P > 0"),
+        ({"keys": torch.zeros(3, 1, 5, 8)}, ValueError, "prefix.values: expected shape"),
+        ({"values": torch.zeros(3, 2, 5, 8).half()}, TypeError, "prefix.values: expected float32"),
+        ({"rows": torch.tensor([0])}, ValueError, "prefix.rows: expected shape"),
+        (
+            {"rows": torch.tensor([0, 3])},
+            ValueError,
+            r"prefix.rows: expected values in \[0, 2\], got 3",
+        ),
+        ({"lengths": torch.tensor([6, 0])}, ValueError, r"prefix.lengths: .*\[0, 5\], got 6"),
+        ({"lengths": torch.tensor([0.0, 1.0])}, TypeError, "prefix.lengths: expected int32"),
+    ],
+    ids=str,
+)
+def test_bad_prefixes(change, error, message):
+    good = Prefix(
+        CACHE[:1].expand(3, -1, -1, -1), CACHE[:1].expand(3, -1, -1, -1), LENGTHS, LENGTHS
+    )
+    with pytest.raises(error, match=message):
+        rlhf_fast.decode_attention(QUERY, CACHE, CACHE, LENGTHS, prefix=good._replace(**change))
+
+
+def test_heads_of_a_prefix():
+    other = torch.zeros(3, 1, 5, 8)
+    with pytest.raises(ValueError, match=r"prefix.keys: expected the 2 heads of keys, got 1"):
+        prefix = Prefix(other, other, LENGTHS, LENGTHS)
+        rlhf_fast.decode_attention(QUERY, CACHE, CACHE, LENGTHS, prefix=prefix)
 
 
 def test_float64_is_the_reference():

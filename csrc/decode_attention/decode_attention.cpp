@@ -59,26 +59,39 @@ struct State {
   float top, total;
 };
 
-// One task: the columns [first, last) of a slot and key head.
+// One task: the columns [first, last) of a slot and key head, which are part of one split.
 template <class T>
 struct Task {
   const T* query;  // [group, size]
   const T* keys;   // of column 0
   const T* values;
+  int64_t key_stride, value_stride;  // between columns
   int64_t first, last;
 };
 
-// The columns that a slot sees, and the splits that hold them.
+// The columns of a part of the cache that a slot sees, and the splits that hold them.
 struct Span {
-  int64_t first, last, split_first, split_last;
+  int64_t first, last;
 
-  Span(const DecodeAttentionArgs& args, int64_t slot) {
-    last = std::min(std::max<int64_t>(args.lengths[slot], 0), args.columns);
-    first = args.window ? std::max<int64_t>(0, last - args.window) : 0;
-    split_first = first / kSplit;
-    split_last = (last + kSplit - 1) / kSplit;
+  int64_t split_first() const { return first / kSplit; }
+  int64_t splits() const {
+    return last > first ? (last + kSplit - 1) / kSplit - first / kSplit : 0;
   }
-  int64_t splits() const { return split_last - split_first; }
+};
+
+struct Spans {
+  Span prefix, own;
+
+  Spans(const DecodeAttentionArgs& args, int64_t slot) {
+    const auto length = [&](const KeyValues& part) {
+      return part.columns ? std::clamp<int64_t>(part.lengths[slot], 0, part.columns) : 0;
+    };
+    const int64_t before = length(args.prefix), last = length(args.own);
+    const int64_t first = args.window ? std::max<int64_t>(0, before + last - args.window) : 0;
+    prefix = {std::min(first, before), before};
+    own = {std::max<int64_t>(first - before, 0), last};
+  }
+  int64_t splits() const { return prefix.splits() + own.splits(); }
 };
 
 // Products of a query with the W keys from `keys` on, of which `count` exist.
@@ -102,7 +115,7 @@ inline Vec products(const T* query, const T* keys, int64_t stride, int64_t count
 // Scores of every query head into `scores[head * kSplit + column - begin]`, -inf outside the task.
 template <class T>
 void score(const DecodeAttentionArgs& args, const Task<T>& task, int64_t begin, float* scores) {
-  const int64_t stride = args.key_strides[2];
+  const int64_t stride = task.key_stride;
   IntVec lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
   for (int64_t c = task.first / W * W; c < task.last; c += W) {
@@ -141,7 +154,7 @@ State exponentials(float* scores, int64_t first, int64_t last) {
 template <int ROWS, int VECS, class T>
 inline void weigh(const DecodeAttentionArgs& args, const Task<T>& task, int64_t begin,
                   const float* weights, int64_t d, float* out) {
-  const int64_t stride = args.value_strides[2];
+  const int64_t stride = task.value_stride;
   const int64_t left = args.size - d;
   Vec acc[ROWS][VECS] = {};
   for (int64_t c = task.first; c < task.last; ++c) {
@@ -216,14 +229,38 @@ void merge(const DecodeAttentionArgs& args, const Parts& parts, T* out) {
   }
 }
 
+// Split number `split` of a slot and key head, counted from the first that the slot sees.
+template <class T>
+Task<T> task_of(const DecodeAttentionArgs& args, const Spans& spans, int64_t slot, int64_t key_head,
+                int64_t split) {
+  const bool shared = split < spans.prefix.splits();
+  const KeyValues& part = shared ? args.prefix : args.own;
+  const Span& span = shared ? spans.prefix : spans.own;
+  const int64_t row = shared ? args.prefix_rows[slot] : slot;
+  const int64_t number = span.split_first() + split - (shared ? 0 : spans.prefix.splits());
+  const auto base = [&](const void* p, const int64_t* strides) {
+    return static_cast<const T*>(p) + row * strides[0] + key_head * strides[1];
+  };
+  Task<T> task;
+  task.query = static_cast<const T*>(args.query) +
+               (slot * args.key_heads + key_head) * args.group * args.size;
+  task.keys = base(part.keys, part.key_strides);
+  task.values = base(part.values, part.value_strides);
+  task.key_stride = part.key_strides[2];
+  task.value_stride = part.value_strides[2];
+  task.first = std::max(span.first, number * kSplit);
+  task.last = std::min(span.last, (number + 1) * kSplit);
+  return task;
+}
+
 template <class T>
 void decode(const DecodeAttentionArgs& args) {
   const int64_t pairs = args.slots * args.key_heads, head = args.group * args.size;
   int64_t most = 1, columns = 0;
   for (int64_t slot = 0; slot < args.slots; ++slot) {
-    const Span span(args, slot);
-    most = std::max(most, span.splits());
-    columns += span.last - span.first;
+    const Spans spans(args, slot);
+    most = std::max(most, spans.splits());
+    columns += spans.prefix.last - spans.prefix.first + spans.own.last - spans.own.first;
   }
   // Written by the tasks before it is read: no need to fill it.
   const std::unique_ptr<State[]> states(new State[pairs * most * args.group]);
@@ -231,28 +268,20 @@ void decode(const DecodeAttentionArgs& args) {
   // A turn of about 2^17 multiply-adds, 10 us.
   const int64_t work = std::max<int64_t>(1, columns * args.key_heads * head * 2 / (pairs * most));
   const int64_t grain = std::max<int64_t>(1, (1 << 17) / work);
+  // Slots that share a prefix are neighbours, as a rule: they find its columns in the cache.
   parallel_for(pairs * most, grain, args.threads, [&](int64_t i) {
-    const int64_t pair = i / most, split = i % most;
-    const int64_t slot = pair / args.key_heads, key_head = pair % args.key_heads;
-    const Span span(args, slot);
-    if (split >= span.splits()) return;
-    const auto base = [&](const void* p, const int64_t* strides) {
-      return static_cast<const T*>(p) + slot * strides[0] + key_head * strides[1];
-    };
-    Task<T> task;
-    task.query = static_cast<const T*>(args.query) + pair * head;
-    task.keys = base(args.keys, args.key_strides);
-    task.values = base(args.values, args.value_strides);
-    task.first = std::max(span.first, (span.split_first + split) * kSplit);
-    task.last = std::min(span.last, (span.split_first + split + 1) * kSplit);
-    run(args, task, states.get() + i * args.group, sums.get() + i * head);
-    if (span.splits() == 1)
-      merge(args, {states.get() + i * args.group, sums.get() + i * head, 1},
-            static_cast<T*>(args.out) + pair * head);
+    const int64_t slot = i % args.slots, key_head = i / args.slots % args.key_heads;
+    const int64_t split = i / pairs, pair = slot * args.key_heads + key_head;
+    const Spans spans(args, slot);
+    if (split >= spans.splits()) return;
+    State* const state = states.get() + (pair * most + split) * args.group;
+    float* const sum = sums.get() + (pair * most + split) * head;
+    run(args, task_of<T>(args, spans, slot, key_head, split), state, sum);
+    if (spans.splits() == 1) merge(args, {state, sum, 1}, static_cast<T*>(args.out) + pair * head);
   });
   parallel_for(
       pairs, std::max<int64_t>(1, (1 << 17) / (most * head)), args.threads, [&](int64_t i) {
-        const int64_t count = Span(args, i / args.key_heads).splits();
+        const int64_t count = Spans(args, i / args.key_heads).splits();
         if (count != 1)
           merge(args, {states.get() + i * most * args.group, sums.get() + i * most * head, count},
                 static_cast<T*>(args.out) + i * head);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from rlhf_fast import _args, _dispatch
@@ -13,36 +15,73 @@ _dispatch.implementations(
 )
 
 
+class Prefix(NamedTuple):
+    """Keys and values of tokens that come before those of a slot, and may serve several slots."""
+
+    keys: torch.Tensor  # [P, Hk, Cp, D]
+    values: torch.Tensor  # [P, Hk, Cp, D]
+    rows: torch.Tensor  # [B] int32 or int64: which of the P rows each slot continues
+    lengths: torch.Tensor  # [B] int32 or int64: how many columns of it, from 0 to Cp
+
+
 def _fake(query, *_):
     return query.new_empty(query.shape)
 
 
-def _check(query, keys, values, lengths, *_) -> None:
+def _check_range(name: str, x: torch.Tensor, last: int) -> None:
     # A list of a few numbers is looked through four times as fast as a tensor.
-    found = lengths.tolist()
-    if found and (min(found) < 0 or max(found) > keys.shape[2]):
+    found = x.tolist()
+    if found and (min(found) < 0 or max(found) > last):
         bad = min(found) if min(found) < 0 else max(found)
-        raise ValueError(f"lengths: expected values in [0, {keys.shape[2]}], got {bad}")
+        raise ValueError(f"{name}: expected values in [0, {last}], got {bad}")
+
+
+def _check(query, keys, values, lengths, prefix, *_) -> None:
+    _check_range("lengths", lengths, keys.shape[2])
+    if prefix:
+        count, _, columns, _ = prefix[0].shape
+        _check_range("prefix.rows", prefix[2], count - 1)
+        _check_range("prefix.lengths", prefix[3], columns)
 
 
 _dispatch.define(
     "decode_attention",
-    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale, "
-    "int? window, float? softcap, str backend) -> Tensor",
+    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor lengths, Tensor[] prefix, "
+    "float scale, int? window, float? softcap, str backend) -> Tensor",
     fake=_fake,
     check=_check,
 )
 
 
-def _check_cache(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
-    _args.check_float_tensor(name, x)
-    _args.check_dtype(name, x, query.dtype, "query")
+def _check_numbers(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
+    _args.check_ids(name, x)
+    _args.check_shape(name, x, query.shape[:1], "one per slot")
     _args.check_device(name, x, query.device, "query")
-    if x.ndim != 4 or x.shape[0] != query.shape[0] or x.shape[3] != query.shape[2]:
+
+
+def _check_cache(prefix: str, keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor):
+    for name, x in (("keys", keys), ("values", values)):
+        _args.check_float_tensor(prefix + name, x)
+        _args.check_dtype(prefix + name, x, query.dtype, "query")
+        _args.check_device(prefix + name, x, query.device, "query")
+        rows, expected = ("P", "P > 0, D") if prefix else ("B", "B and D")
+        right = x.ndim == 4 and x.shape[3] == query.shape[2]
+        if not right or (x.shape[0] == 0 if prefix else x.shape[0] != query.shape[0]):
+            raise ValueError(
+                f"{prefix}{name}: expected shape [{rows}, Hk, C, D] with {expected} of query "
+                f"{tuple(query.shape)}, got {tuple(x.shape)}"
+            )
+    _args.check_shape(f"{prefix}values", values, keys.shape, f"that of {prefix}keys")
+
+
+def _check_prefix(prefix: Prefix, keys: torch.Tensor, query: torch.Tensor) -> None:
+    _check_cache("prefix.", prefix.keys, prefix.values, query)
+    if prefix.keys.shape[1] != keys.shape[1]:
         raise ValueError(
-            f"{name}: expected shape [B, Hk, C, D] with B and D of query {tuple(query.shape)}, "
-            f"got {tuple(x.shape)}"
+            f"prefix.keys: expected the {keys.shape[1]} heads of keys, got {prefix.keys.shape[1]}"
         )
+    _check_numbers("prefix.rows", prefix.rows, query)
+    _check_numbers("prefix.lengths", prefix.lengths, query)
 
 
 def decode_attention(
@@ -51,6 +90,7 @@ def decode_attention(
     values: torch.Tensor,
     lengths: torch.Tensor,
     *,
+    prefix: Prefix | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -63,11 +103,14 @@ def decode_attention(
 
     with s_c replaced by softcap tanh(s_c / softcap) under a softcap. Each slot has a length of its
     own, so there is no padding and no mask; what is stored behind a slot's length or before its
-    window is never looked at. The columns are cut at fixed places, and the pieces are merged by
+    window is never looked at. With a `prefix`, such as a prompt that several slots continue, a slot
+    sees the columns of its prefix and behind them its own; the window counts over both.
+
+    The columns are cut at fixed places, and the pieces, those of the prefix first, are merged by
     their log-sum-exp in a fixed order: a slot's bits depend on no other slot and on no batch size
     ("reference" leaves that to its library products). Source: Dao et al., "Flash-Decoding for
-    long-context inference", 2023; the fixed cut as in He et al., "Defeating nondeterminism in LLM
-    inference", 2025.
+    long-context inference", 2023; a shared prefix as in Ye et al., "Cascade inference", 2024; the
+    fixed cut as in He et al., "Defeating nondeterminism in LLM inference", 2025.
 
     For inference: the result is detached. A prompt or a training step goes through the model's own
     attention.
@@ -78,6 +121,7 @@ def decode_attention(
             of a larger cache is read in place.
         lengths: `[B]` int32 or int64, how many columns of each slot are in use, from 0 to C. The
             query's own key and value are among them.
+        prefix: `Prefix(keys, values, rows, lengths)`, or None; the query's dtype.
         scale: 1 / sqrt(D) by default.
         window: a slot sees its last `window` columns; None: all of them.
         softcap: a positive number, or None.
@@ -88,7 +132,7 @@ def decode_attention(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or number; on CPU also a length outside
-            [0, C] (on CUDA it is cut to C).
+            [0, C] or a row outside [0, P) (on CUDA they are cut).
 
     >>> keys = torch.zeros(1, 1, 4, 2)
     >>> values = torch.tensor([1.0, 3.0, 9.0, 9.0]).view(1, 1, 4, 1).expand(1, 1, 4, 2)
@@ -98,23 +142,22 @@ def decode_attention(
     _args.check_float_tensor("query", query)
     if query.ndim != 3:
         raise ValueError(f"query: expected shape [B, Hq, D], got {tuple(query.shape)}")
-    _check_cache("keys", keys, query)
-    _check_cache("values", values, query)
-    _args.check_shape("values", values, keys.shape, "that of keys")
-    slots, heads, size = query.shape
+    _check_cache("", keys, values, query)
+    _, heads, size = query.shape
     if keys.shape[1] == 0 or heads % keys.shape[1]:
         raise ValueError(
             f"query: expected a multiple of the {keys.shape[1]} heads of keys, got {heads} heads"
         )
-    _args.check_ids("lengths", lengths)
-    _args.check_shape("lengths", lengths, (slots,), "one per slot")
-    _args.check_device("lengths", lengths, query.device, "query")
+    _check_numbers("lengths", lengths, query)
+    if prefix is not None:
+        _check_prefix(prefix, keys, query)
     if window is not None and _args.integer("window", window) < 1:
         raise ValueError(f"window: expected an int of at least 1, got {window}")
     if softcap is not None:
         softcap = _args.number("softcap", softcap, low=0.0, exclusive_low=True)
     scale = max(size, 1) ** -0.5 if scale is None else _args.number("scale", scale)
     return torch.ops.rlhf_fast.decode_attention(
-        query.detach(), keys.detach(), values.detach(), lengths, scale, window, softcap,
+        query.detach(), keys.detach(), values.detach(), lengths,
+        [] if prefix is None else [x.detach() for x in prefix], scale, window, softcap,
         _dispatch.requested("decode_attention"),
     )  # fmt: skip

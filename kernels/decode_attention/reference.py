@@ -6,6 +6,8 @@ slot's length or before its window is replaced before it meets any number.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from rlhf_fast import _args
@@ -16,19 +18,29 @@ def decode_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     lengths: torch.Tensor,
+    prefix: Sequence[torch.Tensor],
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
     """`[B, Hq, D]` in the query's dtype; 0 for a slot that sees no column."""
-    key_heads, columns = keys.shape[1:3]
-    if columns == 0 or query.numel() == 0:
+    key_heads = keys.shape[1]
+    column = torch.arange(keys.shape[2], device=keys.device)
+    seen, position = column < lengths[:, None], column.expand(len(lengths), -1)
+    if prefix:
+        before = prefix[3][:, None]
+        column = torch.arange(prefix[0].shape[2], device=keys.device).expand(len(lengths), -1)
+        seen = torch.cat((column < before, seen), 1)
+        position = torch.cat((column, before + position), 1)
+        rows = prefix[2]
+        keys, values = (
+            torch.cat((p[rows], x), 2) for p, x in zip(prefix[:2], (keys, values), strict=True)
+        )
+        lengths = lengths + prefix[3]
+    if keys.shape[2] == 0 or query.numel() == 0:
         return torch.zeros_like(query, memory_format=torch.contiguous_format)
-    column = torch.arange(columns, device=keys.device)
-    length = lengths[:, None]
-    seen = column < length
     if window is not None:
-        seen = seen & (column >= length - window)
+        seen = seen & (position >= lengths[:, None] - window)
     seen = seen[:, None, None]
     dtype = _args.compute_dtype(query.dtype)
     hidden = ~seen.transpose(-1, -2)

@@ -33,9 +33,9 @@ def decode_linear(
     long as reading the weights. CPU libraries are made for many rows and reach a fifth of the
     memory's speed there; here the rows stand side by side in the lanes of a vector, and up to some
     64 of them the native kernel is ahead. It adds up in float32 in an order of its own: a row's
-    bits depend on no other row, and not on their number. Source: sums kept in registers as in Goto and
-    van de Geijn, "Anatomy of high-performance matrix multiplication", 2008; the fixed order as in
-    He et al., "Defeating nondeterminism in LLM inference", 2025.
+    bits depend on no other row, and not on their number. Source: sums kept in registers as in Goto
+    and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008; the fixed order as
+    in He et al., "Defeating nondeterminism in LLM inference", 2025.
 
     In half precision, and on a GPU, PyTorch's product is as fast and serves. For inference: the
     result is detached. Rollouts hand their models' layers to it by themselves.
