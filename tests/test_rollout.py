@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import rlhf_fast
+from rlhf_fast.rollout import loop
 from rlhf_fast.rollout.models import FAMILIES
 from rlhf_fast.rollout.prompts import _mix, row_seed
 from rlhf_fast.rollout.rescore import _score
@@ -253,21 +254,23 @@ def test_row_seeds_differ_and_are_pinned():
     assert row_seed(0, 0, 0) == 2558736989570252433
 
 
-@pytest.mark.parametrize("max_slots", [3, 4, 64])
-def test_samples_of_a_prompt_share_its_forward(model, max_slots):
-    """Samples that start together compute their prompt once, and draw what they draw alone."""
+@pytest.mark.parametrize("max_slots", [1, 3, 4, 64])
+@pytest.mark.parametrize("eos_ids", [(), (1, 2, 3, 4, 5)])
+def test_the_keys_of_a_prompt_are_computed_once(model, max_slots, eos_ids, monkeypatch):
+    """However its samples start, together or late, and they draw what they draw alone."""
     fed = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(
-        lambda _, inputs: fed.append(inputs[0].shape)
-    )
-    options = {"max_new_tokens": 5, "seed": 3}
-    try:
+    forward = loop.Loop._forward
+
+    def record(self, ids, positions, step, keep):
+        fed.extend(step.packed or ())
+        assert len(self.place) <= self.cache.room.prompts <= max_slots
+        return forward(self, ids, positions, step, keep)
+
+    options = {"max_new_tokens": 5, "seed": 3, "eos_ids": eos_ids}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_forward", record)
         out = rlhf_fast.generate(model, PROMPTS, n=4, max_slots=max_slots, **options)
-    finally:
-        hook.remove()
-    if max_slots >= 4:  # four responses of equal length end together: no decode step has one row
-        prefilled = sum(columns for rows, columns in fed if rows == 1)
-        assert prefilled == sum(map(len, PROMPTS))
-    alone = rlhf_fast.generate(model, PROMPTS, n=4, max_slots=1, **options)
-    assert torch.equal(out.ids, alone.ids)
+    assert fed == list(map(len, PROMPTS))
+    alone = rlhf_fast.generate(model, PROMPTS, n=4, **options)
+    assert torch.equal(out.ids, alone.ids) and torch.equal(out.lengths, alone.lengths)
     assert (out.logprob - alone.logprob).abs().max() < 2e-5

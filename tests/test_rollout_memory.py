@@ -48,6 +48,10 @@ def test_plan_of_few_rows_and_bad_ones(model):
     with rlhf_fast.rollout(model, max_len=20) as r:
         assert r.plan(PROMPTS[:2], max_new_tokens=3).slots == 2
         assert r.plan([], max_new_tokens=3).kv_bytes == 0
+        one, four = (r.plan(PROMPTS[1:2], n=n, max_new_tokens=3) for n in (1, 4))
+        assert (one.prompts, four.prompts) == (1, 1)
+        # A prompt of 9 tokens is held once.
+        assert four.kv_bytes * (9 + 3) == one.kv_bytes * (9 + 4 * 3)
         with pytest.raises(ValueError, match="max_len"):
             r.plan(PROMPTS, max_new_tokens=9)
         with pytest.raises(TypeError, match="max_new_tokens"):
@@ -76,8 +80,8 @@ def test_what_a_slot_held_before_is_never_seen(model):
     with rlhf_fast.rollout(model, max_slots=3) as r:
         expected = r.generate(PROMPTS, **options)
         for layer in r._cache.slot_layers:
-            layer.keys.fill_(torch.nan)
-            layer.values.fill_(torch.nan)
+            for x in (layer.keys, layer.values, layer.prompt_keys, layer.prompt_values):
+                x.fill_(torch.nan)
         again = r.generate(PROMPTS, **options)
     for name in ("ids", "logprob", "log_mass", "entropy"):
         assert_same_bits(name, getattr(again, name), getattr(expected, name))

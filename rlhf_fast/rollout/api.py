@@ -80,14 +80,18 @@ class Rollout:
             ValueError, TypeError: as `generate` does.
         """
         if prompts is None:
-            return plan(self.model, self.max_slots, self.max_len, rows=0, max_new_tokens=0)
+            slots, length = self.max_slots, self.max_len
+            return plan(self.model, slots, length, prompts=slots, rows=0, max_new_tokens=0)
         if max_new_tokens is None:
             raise TypeError("max_new_tokens: expected an int beside prompts, got None")
         given, max_new_tokens = self._given(prompts, max_new_tokens)
         rows = len(given) * integer("n", n, 1)
         columns = max(map(len, given), default=0) + max_new_tokens
         slots = min(self.max_slots, rows)
-        return plan(self.model, slots, columns, rows=rows, max_new_tokens=max_new_tokens)
+        return plan(
+            self.model, slots, columns, prompts=min(slots, len(given)), rows=rows,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
 
     def release(self) -> int:
         """Give the memory of the KV cache back, to PyTorch's allocator; the next call allocates it
@@ -108,14 +112,16 @@ class Rollout:
         self._check_lengths(given, max_new_tokens)
         return given, max_new_tokens
 
-    def _slots(self, slots: int, columns: int) -> Any:
+    def _slots(self, prompts: int, longest: int, rows: int, max_new_tokens: int) -> Any:
         """The cache of the last call where it has room for this one, or a new one."""
-        from rlhf_fast.rollout.slots import SlotCache
+        from rlhf_fast.rollout.slots import Room, SlotCache
 
+        slots = min(self.max_slots, rows)
+        room = Room(slots, max_new_tokens, min(slots, prompts), longest)
         held = self._cache
-        if held is None or not held.serves(self.model, slots, columns):
+        if held is None or not held.serves(self.model, room):
             self._cache = None  # the old one goes before the new one comes
-            self._cache = SlotCache(self.model, slots, columns)
+            self._cache = SlotCache(self.model, room)
         return self._cache
 
     def generate(
@@ -139,7 +145,7 @@ class Rollout:
         mode of the module, its attention setting and everything else are put back, after an error
         too. The model's `generation_config` is not read. Prompts are not padded: each response is
         computed in a slot of its own, and a finished slot is refilled with the next prompt. The
-        samples of one prompt that start together share the forward over it.
+        samples of one prompt share its keys, and those that start together the forward over it.
 
         Row p*n + j draws with `rollout.prompts.row_seed(seed, p, j)` and the index of the token in
         its response, so that it depends neither on the other rows nor on the slot it ran in, beyond
@@ -215,8 +221,8 @@ class Rollout:
         from rlhf_fast.rollout.weights import with_decode_weights
 
         prompt_ids, prompt_mask = (x.repeat_interleave(n, 0) for x in pad_left(prompts, eos.device))
-        columns = max(map(len, prompts), default=0) + max_new_tokens
-        cache = self._slots(min(self.max_slots, len(seeds)), columns)
+        longest = max(map(len, prompts), default=0)
+        cache = self._slots(len(prompts), longest, len(seeds), max_new_tokens)
         with models.attention(self.model, ATTENTION), _bar(len(seeds), progress) as advance:
             loop = Loop(
                 self.model, prompts, torch.tensor(seeds, dtype=torch.int64, device=eos.device), eos,
@@ -277,9 +283,9 @@ def rollout(model: Any, *, max_slots: int = 64, max_len: int = 2048) -> Rollout:
             unwrapped. Its weights are read at each `generate` and never copied.
         max_slots: responses computed at the same time.
         max_len: tokens of a prompt and its response together. Keys and values take
-            `slots * (longest prompt + max_new_tokens)` tokens of memory, at most
-            `max_slots * max_len`, from the first call until `Rollout.release` or the end of the
-            block; `Rollout.plan` says how many bytes that is.
+            `slots * max_new_tokens + min(slots, prompts) * longest prompt` tokens of memory, at
+            most `max_slots * max_len`, from the first call until `Rollout.release` or the end of
+            the block; `Rollout.plan` says how many bytes that is.
 
     Raises:
         TypeError: `model` is no transformers causal LM.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +28,10 @@ class Loop:
 
         row      which row of the outputs the slot writes; the spare one, behind the last, where the
                  slot is free or its response has ended
-        length   tokens whose keys are stored, that is the position of the next token to feed
-        token    the next token to feed
+        prompt   which row of the prompt store it continues
+        before   how many tokens of that
+        length   tokens whose keys the slot itself stores
+        token    the next token to feed, whose position is before + length
         index    how many tokens of the response there are
 
     A decode step reads and writes this state and the outputs without the host. The host knows which
@@ -51,7 +53,8 @@ class Loop:
     ):
         self.model, self.prompts, self.eos_ids, self.cache = model, prompts, eos_ids, cache
         self.rows = len(prompts) * n
-        self.n, self.slots, self.max_new_tokens = n, min(cache.slots, self.rows), max_new_tokens
+        self.n, self.slots = n, min(cache.room.slots, self.rows)
+        self.max_new_tokens = max_new_tokens
         self.sampling, self.on_finish = sampling, on_finish
         device = seeds.device
         # Renamed from past_key_values in transformers 5.24.
@@ -59,14 +62,17 @@ class Loop:
         self.cache_name = "cache" if "cache" in names else "past_key_values"
         self.waiting = deque(range(self.rows))
         self.live = 0
+        self.held = [0] * self.slots  # the prompt of each live slot
+        self.users: Counter[int] = Counter()  # live slots of each prompt
+        self.place: dict[int, int] = {}  # row of the prompt store, of each prompt that has one
+        self.free = list(range(cache.room.prompts))
         self.look_every = LOOK_EVERY.get(device.type, 1)
         self.steps = 0  # decode steps so far
         self.ends_at = [0] * self.slots  # the step behind which a slot has ended for certain
         self.graphed = GraphedSteps(device, self.slots)
         self.every = torch.arange(self.slots, device=device)
-        self.row, self.length, self.token, self.index = torch.zeros(
-            4, self.slots, dtype=torch.int64, device=device
-        )
+        self.state = torch.zeros(6, self.slots, dtype=torch.int64, device=device)
+        self.row, self.prompt, self.before, self.length, self.token, self.index = self.state
         self.row += self.rows
         self.stuck = torch.zeros(1, dtype=torch.int64, device=device)
         # With the spare row.
@@ -95,51 +101,63 @@ class Loop:
         return bool(self.waiting) and (self.live == 0 or 8 * free >= self.slots)
 
     def _fill(self) -> None:
-        """Prefill the next waiting prompts, packed, into free slots; sample their first tokens.
+        """Give free slots to the next waiting rows.
 
-        Rows of one prompt that start together share its forward: the first of them computes the
-        keys, the others get a copy.
+        The keys of a prompt are computed once. Rows of it that start together sample their first
+        tokens from that forward; a row that comes later, while others go on, starts a token back:
+        its first decode step feeds the prompt's last token anew.
         """
         first = self.live
-        rows, owners, prompts = self._next_rows(self.slots - first)
-        lengths = [len(p) for p in prompts]
+        rows, leaders = self._next_rows(self.slots - first)
+        numbers = [row // self.n for row in rows]
+        starts: list[tuple[int, ...]] = []
+        for slot, (row, number) in enumerate(zip(rows, numbers, strict=True), first):
+            late = number not in leaders
+            if number not in self.place:
+                self.place[number] = self.free.pop()
+            self.held[slot] = number
+            self.ends_at[slot] = self.steps + self.max_new_tokens - (not late)
+            # row, prompt, before, length, token, index; the token follows.
+            starts.append((row, self.place[number], len(self.prompts[number]) - late, 0, 0, 0))
+        self.users.update(numbers)
         self.live = first + len(rows)
-        self.ends_at[first : self.live] = [self.steps + self.max_new_tokens - 1] * len(rows)
         new = slice(first, self.live)
+        self.state[:, new] = torch.tensor(starts, device=self.state.device).T
+        self.token[new] = torch.stack([self.prompts[number][-1] for number in numbers])
+        if leaders:
+            # Rows are in the order of their prompts: late ones come first.
+            behind = sum(number not in leaders for number in numbers)
+            self._prefill(leaders, numbers[behind:], slice(first + behind, self.live))
+
+    def _prefill(self, leaders: list[int], numbers: list[int], new: slice) -> None:
+        """Store the keys of the prompts `leaders`, packed, and sample the first tokens of the slots
+        `new`, which continue `numbers`."""
         device = self.row.device
-        owner = torch.tensor(owners, device=device)  # which of the prompts each new slot has
+        prompts = [self.prompts[p] for p in leaders]
+        lengths = [len(p) for p in prompts]
         length = torch.tensor(lengths, device=device)
-        leaders = [first + owners.index(p) for p in range(len(prompts))]
-        self.row[new] = torch.tensor(rows, device=device)
-        self.length[new] = length[owner]
-        self.index[new] = 0
         positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        slots = torch.tensor(leaders, device=device).repeat_interleave(length)
-        step = Step(slots, positions, prompts=lengths)
+        places = torch.tensor([self.place[p] for p in leaders], device=device)
+        step = Step(places.repeat_interleave(length), positions, packed=lengths)
         ends = length.cumsum(0) - 1
         logits = self._forward(torch.cat(prompts)[None], positions[None], step, ends)
-        for slot, p in enumerate(owners, first):
-            if slot != leaders[p]:
-                self.cache.move(leaders[p], slot)
+        owner = torch.tensor([leaders.index(p) for p in numbers], device=device)
         self._draw(logits[0][owner], new)
 
-    def _next_rows(self, free: int) -> tuple[list[int], list[int], list[torch.Tensor]]:
-        """(rows, which prompt of the third each continues, prompts) of the next prefill."""
+    def _next_rows(self, free: int) -> tuple[list[int], list[int]]:
+        """(rows, those of their prompts whose keys are not stored) of the next filling."""
         rows: list[int] = []
-        owners: list[int] = []
-        prompts: list[torch.Tensor] = []
-        total, last = 0, -1
+        leaders: list[int] = []
+        total = 0
         while self.waiting and len(rows) < free:
             number = self.waiting[0] // self.n
-            if number != last:
+            if number not in self.place and number not in leaders:
                 total += len(self.prompts[number])
-                if rows and total > _PREFILL_TOKENS:
+                if leaders and total > _PREFILL_TOKENS:
                     break
-                prompts.append(self.prompts[number])
-                last = number
-            owners.append(len(prompts) - 1)
+                leaders.append(number)
             rows.append(self.waiting.popleft())
-        return rows, owners, prompts
+        return rows, leaders
 
     def _step(self, width: int) -> None:
         """One more token for each of the first `width` slots; those that have ended write nothing.
@@ -148,10 +166,10 @@ class Loop:
         place: it can be captured in a CUDA graph.
         """
         first = slice(0, width)
-        positions = self.length[first]
-        step = Step(self.every[first], positions)
-        logits = self._forward(self.token[first, None], positions[:, None], step, 1)
-        positions += self.row[first] < self.rows  # a view of the state
+        length, before = self.length[first], self.before[first]
+        step = Step(self.every[first], length, prompt=self.prompt[first], before=before)
+        logits = self._forward(self.token[first, None], (before + length)[:, None], step, 1)
+        length += self.row[first] < self.rows  # a view of the state
         self._draw(logits[:, 0], first)
 
     def _forward(
@@ -181,7 +199,10 @@ class Loop:
         self.lengths[row] = index
         ended = (drawn.ids[:, None] == self.eos_ids).any(1) | (index == self.max_new_tokens) | stuck
         row.masked_fill_(ended, self.rows)
-        index *= row < self.rows
+        # A slot that has ended may take part in further steps: it stays where there is room.
+        goes_on = row < self.rows
+        index *= goes_on
+        self.length[slots] *= goes_on
 
     def _collect(self) -> None:
         """Look which slots have ended, and let the last live ones take their places."""
@@ -192,12 +213,20 @@ class Loop:
         finished = [slot for slot, row in enumerate(rows) if row == self.rows]
         # From the back, so that the last live slot, which fills the hole, is not itself done.
         for slot in reversed(finished):
+            self._release(self.held[slot])
             self.live -= 1
             if slot != self.live:
                 self.cache.move(self.live, slot)
-                for state in (self.row, self.length, self.token, self.index):
-                    state[slot] = state[self.live]
+                self.state[:, slot] = self.state[:, self.live]
                 self.row[self.live] = self.rows
                 self.ends_at[slot] = self.ends_at[self.live]
+                self.held[slot] = self.held[self.live]
         if finished:
             self.on_finish(len(finished))
+
+    def _release(self, number: int) -> None:
+        """A slot of prompt `number` has ended: forget the keys that no other row will look at."""
+        self.users[number] -= 1
+        awaited = bool(self.waiting) and self.waiting[0] // self.n == number
+        if self.users[number] == 0 and not awaited:
+            self.free.append(self.place.pop(number))

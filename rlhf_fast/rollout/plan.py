@@ -15,7 +15,8 @@ class Plan:
     """
 
     slots: int  # responses computed at the same time
-    columns: int  # tokens of each, prompt and response
+    columns: int  # tokens of the longest prompt and its response
+    prompts: int  # prompts whose keys are held at the same time
     kv_bytes: int  # keys and values of all layers; held until `release`
     logits_bytes: int  # of one decode step or prefill: a row per slot
     output_bytes: int  # ids, log-probs, log-masses, entropies of all responses
@@ -25,18 +26,23 @@ class Plan:
         return self.kv_bytes + self.logits_bytes + self.output_bytes
 
 
-def plan(model: Any, slots: int, columns: int, *, rows: int, max_new_tokens: int) -> Plan:
-    """The plan of `rows` responses of at most `max_new_tokens` in so many slots.
+def plan(
+    model: Any, slots: int, columns: int, *, prompts: int, rows: int, max_new_tokens: int
+) -> Plan:
+    """The plan of `rows` responses of at most `max_new_tokens` to `prompts` prompts at a time.
 
-    Keys and values have the dtype of the weights; under autocast they have its dtype instead.
+    `rows` is 0 for a call that is not known: each slot may then hold a prompt of its own. Keys and
+    values have the dtype of the weights; under autocast they have its dtype instead.
     """
     config, head = model.config, model.get_output_embeddings().weight
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tokens = 2 * config.num_hidden_layers * slots * columns
+    held = slots * max_new_tokens + prompts * (columns - max_new_tokens)
+    tokens = 2 * config.num_hidden_layers * held
     return Plan(
         slots=slots,
         columns=columns,
+        prompts=prompts,
         kv_bytes=tokens * heads * size * head.itemsize,
         # The head's product, and a float32 copy of it inside some samplers.
         logits_bytes=slots * head.shape[0] * (head.itemsize + 4),

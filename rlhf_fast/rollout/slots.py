@@ -1,13 +1,14 @@
 """The KV cache of a rollout and the attention that reads it.
 
-A slot is a row of preallocated keys and values, one token per column: the key in column c is that
-of position c, so there are no pads, each slot has its own length, and a finished slot is refilled
-while the others go on. Two extension points of transformers are used and nothing is patched: layers
-of `Cache`, and `AttentionInterface`, under whose name models pass no mask at all.
+Two stores of preallocated keys and values, one token per column, without pads. The keys of a prompt
+are computed once and serve all its samples; a slot holds what its response adds, so that each slot
+has a length of its own and a finished one is refilled while the others go on. Two extension points
+of transformers are used and nothing is patched: layers of `Cache`, and `AttentionInterface`, under
+whose name models pass no mask at all.
 
 A forward takes one of two shapes, described by a `Step`:
 
-    prefill   the prompts of new slots packed into one row, each seeing itself only
+    prefill   new prompts packed into one row, each seeing itself only
     decode    one token of each of the first slots, by `decode_attention`, which looks at nothing
               behind a slot's length: what a slot's last owner left there needs no clearing
 """
@@ -31,15 +32,20 @@ ATTENTION = "rlhf_fast"
 class Step:
     """Where the N tokens of one forward stand.
 
-    rows, columns: `[N]` int64, the slot and the position of each token.
-    prompts: in a prefill the tokens of each packed prompt; None in a decode step.
+    rows, columns: `[N]` int64; of the prompt store in a prefill, of the slots in a decode step.
+    packed: in a prefill the tokens of each packed prompt; None in a decode step.
+    prompt, before: `[N]` int64 of a decode step: each slot's row of the prompt store, and how many
+        columns of it the slot continues.
     """
 
     rows: torch.Tensor
     columns: torch.Tensor
-    prompts: list[int] | None = None
+    packed: list[int] | None = None
+    prompt: torch.Tensor | None = None
+    before: torch.Tensor | None = None
     lengths: torch.Tensor = field(init=False)  # of the slots, with the tokens of a decode step
     backend: str = field(init=False)
+    prefix: tuple[torch.Tensor, torch.Tensor] = field(init=False)  # of the layer that is running
     _places: dict[tuple[int, int], torch.Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,7 +53,7 @@ class Step:
         self.backend = _dispatch.requested("decode_attention")
 
     def places(self, heads: int, columns: int) -> torch.Tensor:
-        """`[N * heads]`: which rows of a `[slots * heads * columns, D]` view take the tokens.
+        """`[N * heads]`: which rows of a `[rows * heads * columns, D]` view take the tokens.
 
         Made once per forward: the layers of a model are alike.
         """
@@ -58,16 +64,37 @@ class Step:
         return self._places[heads, columns]
 
 
+@dataclass(frozen=True)
+class Room:
+    """How many slots of how many columns, and prompts of how many."""
+
+    slots: int
+    columns: int
+    prompts: int
+    prompt_columns: int
+
+    def holds(self, other: Room) -> bool:
+        return (
+            self.slots >= other.slots
+            and self.columns >= other.columns
+            and self.prompts >= other.prompts
+            and self.prompt_columns >= other.prompt_columns
+        )
+
+
 class SlotLayer(CacheLayerMixin):
-    """The keys and values of one layer: `[slots, key heads, columns, head size]`."""
+    """The keys and values of one layer: `[rows, key heads, columns, head size]` for slots and
+    prompts."""
 
     is_sliding = False
     keys: torch.Tensor
     values: torch.Tensor
+    prompt_keys: torch.Tensor
+    prompt_values: torch.Tensor
 
-    def __init__(self, slots: int, columns: int):
+    def __init__(self, room: Room):
         super().__init__()
-        self.slots, self.columns = slots, columns
+        self.room = room
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         _, heads, _, size = key_states.shape
@@ -77,22 +104,32 @@ class SlotLayer(CacheLayerMixin):
         dtype = value_states.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        shape = (self.slots, heads, self.columns, size)
-        self.keys, self.values = (value_states.new_empty(shape, dtype=dtype) for _ in range(2))
+
+        def pair(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+            shape = (rows, heads, columns, size)
+            return value_states.new_empty(shape, dtype=dtype), value_states.new_empty(
+                shape, dtype=dtype
+            )
+
+        self.keys, self.values = pair(self.room.slots, self.room.columns)
+        self.prompt_keys, self.prompt_values = pair(self.room.prompts, self.room.prompt_columns)
         self.is_initialized = True
 
     def update(self, key_states, value_states, step: Step):
         """Store the new keys and values; return those that this forward's attention reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        _, heads, columns, size = self.keys.shape
+        decode = step.packed is None
+        stores = (self.keys, self.values) if decode else (self.prompt_keys, self.prompt_values)
+        _, heads, columns, size = stores[0].shape
         places = step.places(heads, columns)
-        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+        for stored, new in zip(stores, (key_states, value_states), strict=True):
             rows = new.transpose(1, 2).reshape(-1, size).to(stored.dtype)
             stored.view(-1, size).index_copy_(0, places, rows)
-        if step.prompts is not None:
+        if not decode:
             return key_states, value_states
         live = len(step.rows)
+        step.prefix = self.prompt_keys, self.prompt_values
         return self.keys[:live], self.values[:live]
 
     def move(self, source: int, target: int) -> None:
@@ -104,7 +141,7 @@ class SlotLayer(CacheLayerMixin):
         return 0
 
     def get_max_length(self) -> int:
-        return self.columns
+        return self.room.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -119,19 +156,18 @@ def _kind(model: Any) -> tuple[Any, ...]:
 
 
 class SlotCache(Cache):
-    """`slots` x `columns` tokens for each layer of a model, and the step that is running."""
+    """The keys and values of all layers of a model, and the step that is running."""
 
     step: Step
 
-    def __init__(self, model: Any, slots: int, columns: int):
-        self.slots, self.columns, self.kind = slots, columns, _kind(model)
-        layers = model.config.num_hidden_layers
-        self.slot_layers = [SlotLayer(slots, columns) for _ in range(layers)]
+    def __init__(self, model: Any, room: Room):
+        self.room, self.kind = room, _kind(model)
+        self.slot_layers = [SlotLayer(room) for _ in range(model.config.num_hidden_layers)]
         super().__init__(layers=list(self.slot_layers))
 
-    def serves(self, model: Any, slots: int, columns: int) -> bool:
+    def serves(self, model: Any, room: Room) -> bool:
         """Whether it has room for so much, in the dtype and on the device that `model` has now."""
-        return slots <= self.slots and columns <= self.columns and _kind(model) == self.kind
+        return self.room.holds(room) and _kind(model) == self.kind
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         return self.slot_layers[layer_idx].update(key_states, value_states, self.step)
@@ -144,8 +180,12 @@ class SlotCache(Cache):
     @property
     def bytes(self) -> int:
         """What the keys and values take now: 0 before the first forward."""
-        tensors = [x for y in self.slot_layers if y.is_initialized for x in (y.keys, y.values)]
-        return sum(x.numel() * x.itemsize for x in tensors)
+        return sum(
+            x.numel() * x.itemsize
+            for y in self.slot_layers
+            if y.is_initialized
+            for x in (y.keys, y.values, y.prompt_keys, y.prompt_values)
+        )
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -182,8 +222,8 @@ def _prefill(query, key, value, lengths, scaling, window, softcap):
 def _decode(query, key, value, step: Step, scaling, window, softcap):
     """`[slots, heads, D]`. The torch op itself: a fifth of its time in a small model is checks."""
     return torch.ops.rlhf_fast.decode_attention(
-        query.squeeze(2).to(key.dtype), key, value, step.lengths, scaling, window, softcap,
-        step.backend,
+        query.squeeze(2).to(key.dtype), key, value, step.lengths,
+        [*step.prefix, step.prompt, step.before], scaling, window, softcap, step.backend,
     )  # fmt: skip
 
 
@@ -211,13 +251,12 @@ def attend(
     Returns:
         (`[1, N, heads, D]` or `[slots, 1, heads, D]`, None).
     """
-    if slot_step.prompts is None:
+    if slot_step.packed is None:
         out = _decode(query, key, value, slot_step, scaling, sliding_window, softcap)
         return out.unsqueeze(1), None
-    prompts = slot_step.prompts
-    return _prefill(query, key, value, prompts, scaling, sliding_window, softcap).transpose(
-        1, 2
-    ), None
+    packed = slot_step.packed
+    out = _prefill(query, key, value, packed, scaling, sliding_window, softcap)
+    return out.transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, attend)
