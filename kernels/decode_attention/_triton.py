@@ -212,7 +212,8 @@ def _aot(dtype: str, itemsize: int, group: int, size: int, softcap=False, prefix
     half = f"*{dtype}:16"
     pointers = dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr"), half)
     pointers |= dict.fromkeys(("top_ptr", "total_ptr", "sum_ptr"), "*fp32:16")
-    pointers |= dict.fromkeys(("rows_ptr", "lengths_ptr", "prefix_lengths_ptr"), "*i64:16")
+    numbered = ("lengths_ptr", *(("rows_ptr", "prefix_lengths_ptr") if prefix else ()))
+    pointers |= dict.fromkeys(numbered, "*i64:16")
     strides = ("key_slot", "key_head", "key_column", "value_slot", "value_head", "value_column")
     numbers = dict.fromkeys(strides, "i32:16")
     numbers |= dict.fromkeys(("C", "prefix_C", "window", "prefix_count"), "i32")
@@ -231,7 +232,8 @@ def _aot(dtype: str, itemsize: int, group: int, size: int, softcap=False, prefix
 def _aot_merge(prefix: bool):
     return (
         _merge_kernel,
-        {"lengths_ptr": "*i64:16", "prefix_lengths_ptr": "*i64:16", "out_ptr": "*bf16:16"}
+        {"lengths_ptr": "*i64:16", "out_ptr": "*bf16:16"}
+        | ({"prefix_lengths_ptr": "*i64:16"} if prefix else {})
         | dict.fromkeys(("top_ptr", "total_ptr", "sum_ptr"), "*fp32:16")
         | dict.fromkeys(("C", "prefix_C", "window", "heads", "splits", "prefix_splits"), "i32"),
         {"HAS_PREFIX": prefix, "D": 128, "D_BLOCK": 128, "SPLIT": SPLIT},
