@@ -466,7 +466,8 @@ ReplayBackwardArgs replay_backward_args(int threads, const SampleTuple& rows, Ad
 }
 
 DecodeLinearArgs decode_linear_args(int threads, Address x, Address weight, Address bias,
-                                    Address out, int64_t rows, int64_t size, int64_t outputs) {
+                                    Address out, int64_t rows, int64_t size, int64_t outputs,
+                                    bool transposed) {
   for (int64_t value : {rows, size, outputs}) check_positive(value, "sizes");
   check_positive(threads, "threads");
   return {required<float>(x, "x"),
@@ -476,6 +477,7 @@ DecodeLinearArgs decode_linear_args(int threads, Address x, Address weight, Addr
           rows,
           size,
           outputs,
+          transposed,
           threads};
 }
 

@@ -88,13 +88,24 @@ def isa(request):
     _C.set_isa(before)
 
 
+def stored(weight, transposed):
+    """The same weight, laid out as [O, H] or, as transformers' Conv1D keeps it, as [H, O]."""
+    return weight.t().contiguous().t() if transposed else weight
+
+
 @pytest.mark.parametrize("rows", [1, 4, 7, 16, 17, 33])
-def test_instruction_sets(isa, rows):
-    check("cpu", *layer(rows, 300, 21))
+@pytest.mark.parametrize("outputs", [1, 15, 16, 21, 70])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_instruction_sets(isa, rows, outputs, transposed):
+    x, weight, bias = layer(rows, 300, outputs)
+    check("cpu", x, stored(weight, transposed), bias)
+    check("cpu", x, stored(weight, transposed))
 
 
-def test_a_row_depends_on_no_other(isa):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_row_depends_on_no_other(isa, transposed):
     x, weight, bias = layer(70, 700, 50)
+    weight = stored(weight, transposed)
     whole = apply("cpu", x, weight, bias)
     for rows in (1, 3, 8, 9, 16, 17, 32, 33, 64):
         assert torch.equal(apply("cpu", x[:rows], weight, bias), whole[:rows])
@@ -104,8 +115,10 @@ def test_a_row_depends_on_no_other(isa):
     assert torch.equal(apply("cpu", bad, weight, bias)[::2], whole[::2])
 
 
-def test_threads_change_no_bit(isa):
-    tensors = layer(9, 600, 3000)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_threads_change_no_bit(isa, transposed):
+    x, weight, bias = layer(9, 600, 3000)
+    tensors = x, stored(weight, transposed), bias
     expected, threads = apply("cpu", *tensors), torch.get_num_threads()
     try:
         for count in (1, 2, 3):

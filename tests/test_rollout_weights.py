@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import rlhf_fast
 from rlhf_fast.kernels.decode_linear import _native
@@ -34,14 +35,16 @@ def seen(monkeypatch):
     rlhf_fast._dispatch._resolve.cache_clear()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "qwen2", "gpt2"])
 def test_every_linear_layer_of_a_decode_step(family, seen):
     model = tiny(family)
-    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    layers = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
     greedy(model, PROMPTS[:3], max_new_tokens=5)
     steps = [shape for rows, shape in seen if rows == 3]
     assert len(steps) >= 4 * len(layers)
-    assert set(steps) == {tuple(m.weight.shape) for m in layers}
+    assert set(steps) == {
+        tuple((m.weight.t() if type(m) is Conv1D else m.weight).shape) for m in layers
+    }
 
 
 def test_responses_do_not_depend_on_who_multiplies():
@@ -62,6 +65,16 @@ def test_many_rows_and_other_functions_see_a_plain_tensor(seen):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert nn.functional.linear(torch.randn(3, 4), weight).dtype == torch.bfloat16
     assert len(seen) == 1
+
+
+def test_the_rows_of_a_conv1d(seen):
+    weight, bias = torch.randn(4, 5).as_subclass(DecodeWeight), torch.randn(5)
+    for rows in (1, 2, 16, 17):
+        x = torch.randn(rows, 4)
+        out = torch.addmm(bias, x, weight)
+        assert type(out) is torch.Tensor
+        torch.testing.assert_close(out, x @ weight.as_subclass(torch.Tensor) + bias)
+    assert seen == [(2, (5, 4)), (16, (5, 4))]
 
 
 class Scaled(nn.Linear):

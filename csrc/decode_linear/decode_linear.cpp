@@ -1,16 +1,17 @@
 // A linear layer for few rows on the CPU: each weight is read from memory once and multiplied with
-// all rows, which stand side by side in the lanes of a vector. A library's product, made for many
-// rows, reads weights at a fifth of the memory's speed here.
+// all rows. A library's product, made for many rows, reads weights at a fifth of the memory's speed
+// here. In the lanes of a vector stand the rows, and outputs where the weight is transposed: no sum
+// is over lanes.
 //
-// A lane's sum runs over `size` in order, in blocks: a row has the same bits whatever rows stand
-// beside it, on however many threads.
+// A sum runs over `size` in order, in blocks: a row has the same bits whatever rows stand beside
+// it, on however many threads.
 #include "decode_linear/decode_linear.h"
 
 #include <algorithm>
 #include <memory>
 
 #include "common/parallel.h"
-#include "common/vec.h"
+#include "common/tokens.h"
 
 namespace rlhf::RLHF_ISA {
 namespace {
@@ -73,15 +74,19 @@ void outputs(const DecodeLinearArgs& args, const float* packed, int64_t rows, in
   }
 }
 
+// [size, width]: the rows side by side, zeros behind them.
+std::unique_ptr<float[]> side_by_side(const float* x, int64_t rows, int64_t size, int64_t width) {
+  std::unique_ptr<float[]> packed(new float[size * width]());
+  for (int64_t k = 0; k < size; ++k)
+    for (int64_t m = 0; m < rows; ++m) packed[k * width + m] = x[m * size + k];
+  return packed;
+}
+
 // Up to V vectors of rows.
 template <class F, int V>
 void group(const DecodeLinearArgs& args, const float* x, int64_t rows, float* out) {
-  constexpr int lanes = V * kLanes<F>;
   constexpr int N = std::min(kOutputs, kSums / V);
-  // [size, lanes]: the rows side by side, zeros behind them.
-  const std::unique_ptr<float[]> packed(new float[args.size * lanes]());
-  for (int64_t k = 0; k < args.size; ++k)
-    for (int64_t m = 0; m < rows; ++m) packed[k * lanes + m] = x[m * args.size + k];
+  const auto packed = side_by_side(x, rows, args.size, V * kLanes<F>);
   const int64_t tiles = (args.outputs + N - 1) / N;
   const int64_t grain = std::max<int64_t>(1, kTurn / (args.size * N));
   parallel_for(tiles, grain, args.threads, [&](int64_t tile) {
@@ -91,15 +96,67 @@ void group(const DecodeLinearArgs& args, const float* x, int64_t rows, float* ou
   });
 }
 
+// Up to V vectors of outputs from `first` on, for R rows of which `rows` exist.
+template <int R, int V>
+void transposed_outputs(const DecodeLinearArgs& args, const float* packed, int64_t rows,
+                        int64_t first, float* out) {
+  Vec sums[R][V] = {};
+  int count[V];
+  for (int v = 0; v < V; ++v)
+    count[v] = static_cast<int>(std::clamp<int64_t>(args.outputs - first - v * W, 0, W));
+  for (int64_t begin = 0; begin < args.size; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, args.size);
+    Vec block[R][V] = {};
+    for (int64_t k = begin; k < end; ++k) {
+      const float* const weight = args.weight + k * args.outputs + first;
+      Vec w[V];
+      for (int v = 0; v < V; ++v) {
+        __builtin_prefetch(weight + (V + v) * W, 0, 2);  // of the next outputs; not for L1
+        w[v] = load_some(weight + v * W, count[v]);
+      }
+      for (int r = 0; r < R; ++r) {
+        const Vec x = packed[k * R + r] - Vec{};
+        for (int v = 0; v < V; ++v) block[r][v] = fma(x, w[v], block[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sums[r][v] += block[r][v];
+  }
+  for (int64_t m = 0; m < rows; ++m)
+    for (int v = 0; v < V; ++v) {
+      const int64_t n = first + v * W;
+      const Vec bias = args.bias ? load_some(args.bias + n, count[v]) : Vec{};
+      store_some(out + m * args.outputs + n, args.bias ? sums[m][v] + bias : sums[m][v], count[v]);
+    }
+}
+
+// Up to R rows.
+template <int R>
+void transposed_group(const DecodeLinearArgs& args, const float* x, int64_t rows, float* out) {
+  constexpr int V = std::max(1, kSums / R);
+  const auto packed = side_by_side(x, rows, args.size, R);
+  const int64_t grain = std::max<int64_t>(1, kTurn / (args.size * V * W));
+  parallel_for((args.outputs + V * W - 1) / (V * W), grain, args.threads, [&](int64_t tile) {
+    transposed_outputs<R, V>(args, packed.get(), rows, tile * V * W, out);
+  });
+}
+
 }  // namespace
 
 void decode_linear(const DecodeLinearArgs& args) {
   // Many rows are bound by arithmetic: further groups read the weights again at no cost.
-  for (int64_t m = 0; m < args.rows; m += 2 * W) {
-    const int64_t rows = std::min<int64_t>(args.rows - m, 2 * W);
+  const int64_t most = args.transposed ? kSums : 2 * W;
+  for (int64_t m = 0; m < args.rows; m += most) {
+    const int64_t rows = std::min(args.rows - m, most);
     const float* const x = args.x + m * args.size;
     float* const out = args.out + m * args.outputs;
-    if (rows <= kLanes<Narrow>)
+    if (args.transposed && rows <= 4)
+      transposed_group<4>(args, x, rows, out);
+    else if (args.transposed && rows <= 8)
+      transposed_group<8>(args, x, rows, out);
+    else if (args.transposed)
+      transposed_group<kSums>(args, x, rows, out);
+    else if (rows <= kLanes<Narrow>)
       group<Narrow, 1>(args, x, rows, out);
     else if (rows <= W)
       group<Vec, 1>(args, x, rows, out);

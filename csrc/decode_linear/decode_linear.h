@@ -7,13 +7,15 @@
 
 namespace rlhf {
 
-// out[m, n] = bias[n] + sum_k x[m, k] weight[n, k]; everything is dense.
+// out[m, n] = bias[n] + sum_k x[m, k] weight[n, k]; everything is dense, the weight as it is or
+// transposed.
 struct DecodeLinearArgs {
   const float* x;       // [rows, size]
   const float* weight;  // [outputs, size]
   const float* bias;    // [outputs], or null
   float* out;           // [rows, outputs]
   int64_t rows, size, outputs;
+  bool transposed;  // the weight is stored as [size, outputs]
   int threads;
 };
 

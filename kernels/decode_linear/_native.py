@@ -19,9 +19,15 @@ def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         return out
     if size == 0:
         return out.zero_() if bias is None else out.copy_(bias)
-    x, weight = x.contiguous(), weight.contiguous()
+    # As transformers' Conv1D keeps it; read in place.
+    transposed = not weight.is_contiguous() and weight.t().is_contiguous()
+    x, weight = x.contiguous(), weight if transposed else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     kernel("decode_linear", x)(
-        *map(address, (x, weight, bias, out)), x.numel() // size, size, outputs
+        *map(address, (x, weight, bias, out)),
+        x.numel() // size,
+        size,
+        outputs,
+        transposed,
     )
     return out

@@ -42,7 +42,8 @@ def decode_linear(
 
     Args:
         x: `[..., H]` float64, float32, float16 or bfloat16.
-        weight: `[O, H]` of the same dtype, as `torch.nn.Linear` keeps it.
+        weight: `[O, H]` of the same dtype, as `torch.nn.Linear` keeps it; the transpose of a dense
+            tensor, as transformers' `Conv1D` has it, is read in place too.
         bias: `[O]`, or None.
 
     Returns:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch.func import functional_call
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast import _dispatch
 
-# Beyond, a library's product is about as fast.
-_ROWS = 64
+# Where the native kernel is ahead of a library's product, for a Linear and for a Conv1D.
+_LINEAR_ROWS, _CONV1D_ROWS = range(1, 65), range(2, 17)
 
 
 class DecodeWeight(torch.Tensor):
@@ -30,18 +31,25 @@ class DecodeWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func is linear and not kwargs and _few_rows(args[0]):
+            if func is linear and not kwargs and _suits(args[0], _LINEAR_ROWS):
                 x, weight, *bias = args
-                return torch.ops.rlhf_fast.decode_linear(
-                    x, weight, *(bias or (None,)), _dispatch.requested("decode_linear")
-                )
+                return _decode_linear(x, weight, *(bias or (None,)))
+            if func is torch.addmm and not kwargs and _suits(args[1], _CONV1D_ROWS):
+                bias, x, weight = args
+                return _decode_linear(x, weight.t(), bias)
             return func(*args, **(kwargs or {}))
 
 
-def _few_rows(x: torch.Tensor) -> bool:
+def _decode_linear(x, weight, bias) -> torch.Tensor:
+    backend = _dispatch.requested("decode_linear")
+    return torch.ops.rlhf_fast.decode_linear(x, weight, bias, backend)
+
+
+def _suits(x: torch.Tensor, rows: range) -> bool:
     """Whether `decode_linear` is to multiply `x` with a float32 weight on the CPU."""
-    alike = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return alike and 0 < x.numel() <= _ROWS * x.shape[-1]
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.numel() > 0 and x.numel() // x.shape[-1] in rows
 
 
 class _Run(torch.nn.Module):
@@ -58,12 +66,13 @@ class _Run(torch.nn.Module):
 def with_decode_weights(model: torch.nn.Module, function: Callable[[], None]) -> None:
     """Call `function`; the model's linear layers that it runs multiply few rows by `decode_linear`.
 
-    Those are the `torch.nn.Linear` whose weight is a plain float32 parameter on the CPU.
+    Those are the `torch.nn.Linear`, and the `Conv1D` of GPT-2, whose weight is a plain float32
+    parameter on the CPU.
     """
     weights: dict[str, torch.Tensor] = {
         f"model.{name}.weight": module.weight.detach().as_subclass(DecodeWeight)
         for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear
+        if type(module) in (torch.nn.Linear, Conv1D)
         and type(module.weight) is torch.nn.Parameter
         and module.weight.dtype == torch.float32
         and module.weight.device.type == "cpu"
