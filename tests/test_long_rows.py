@@ -1,4 +1,4 @@
-"""Rows that CUDA splits over blocks, losses of more tokens than a device holds at once."""
+"""Rows that CUDA splits over blocks and Triton over programs, losses of many tokens."""
 
 from __future__ import annotations
 
@@ -21,12 +21,24 @@ from rlhf_fast.testing import (
     usable_backends,
 )
 
-# The interpreter takes 0.1 ms per element, and has no blocks.
-BACKENDS = [b for b in usable_backends("gae") if b != "triton" or not _dispatch.interpreting()]
+BACKENDS = [b for b in usable_backends("gae") if b != "reference"]
+INTERPRETED = "triton" in BACKENDS and _dispatch.interpreting()
 
 
-@pytest.fixture(params=[b for b in BACKENDS if b != "reference"])
-def backend(request):
+def long_rows(*lengths: int, interpreted: tuple[int, ...]) -> list[tuple[str, int]]:
+    """(backend, length). The interpreter takes 0.1 ms per element: short rows are split there."""
+    return [
+        (b, length)
+        for b in BACKENDS
+        for length in (interpreted if b == "triton" and INTERPRETED else lengths)
+    ]
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """The backend of the case, in use; the interpreter splits rows of more than 128 tokens."""
+    if request.param == "triton" and INTERPRETED:
+        monkeypatch.setattr("rlhf_fast.kernels._common.chunks.SPLIT_FROM", 128)
     with rlhf_fast.use_backend(request.param):
         yield request.param
 
@@ -34,7 +46,7 @@ def backend(request):
 def response_mask(rows: int, length: int) -> torch.Tensor:
     """Single gaps, a gap longer than what a block takes at once, an early end, an empty row."""
     mask = random_mask(rows, length, seed=7, keep=0.9)
-    mask[0, length // 4 : length // 4 + 6000] = False
+    mask[0, length // 4 : length // 4 + min(6000, length // 3)] = False
     mask[1, length // 3 :] = False
     mask[2:3] = False
     return mask
@@ -71,7 +83,7 @@ def gae_case(length: int, mode: str):
     mask = response_mask(3, length)
     tensors = {
         "mask": mask,
-        "dones": torch.rand(3, length, generator=generator(3)) < 1e-3,
+        "dones": torch.rand(3, length, generator=generator(3)) < max(1e-3, 3 / length),
         "bootstrap_value": randn(3, seed=4),
     }
     options = {"gamma": 0.99, "lam": 0.97, "lam_value": 0.9, "mask_mode": mode}
@@ -84,9 +96,12 @@ def gae_case(length: int, mode: str):
     return (rewards, values), tensors, options, (advantages, returns)
 
 
-# The longest row of one block, ragged and whole ones of a cluster, one of several steps.
+@pytest.mark.parametrize("mode", ["carry", "zero"])
+# The longest row of one block or program, ragged and whole ones of several, one of several steps.
 @pytest.mark.parametrize(
-    ("length", "mode"), [(16384, "carry"), (16385, "zero"), (16400, "carry"), (34001, "carry")]
+    ("backend", "length"),
+    long_rows(16384, 16385, 16400, 34001, interpreted=(128, 129, 192, 270)),
+    indirect=["backend"],
 )
 def test_gae(backend, length, mode):
     device = device_of(backend)
@@ -110,7 +125,11 @@ def test_gae(backend, length, mode):
 
 
 @pytest.mark.parametrize("place", ["last", "index"])
-@pytest.mark.parametrize("length", [16400, 33001])
+@pytest.mark.parametrize(
+    ("backend", "length"),
+    long_rows(16400, 33001, interpreted=(144, 270)),
+    indirect=["backend"],
+)
 def test_ppo_advantages(backend, length, place):
     scores, lp, ref = randn(3, seed=5), -randn(3, length, seed=1).abs(), -randn(3, length, seed=2)
     values, mask = randn(3, length, seed=3), response_mask(3, length)
@@ -139,8 +158,70 @@ def test_ppo_advantages(backend, length, place):
         assert_same_bits(f"{name}, not aligned", ours, other)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("mode", ["carry", "zero"])
+def test_what_triton_chunks_hand_over(backend, mode, masked):
+    """All that can stand behind a chunk, and more chunks than are folded at once.
+
+    An infinity that no trace may carry across: it stands behind a token that ends one.
+    """
+    length, device = 203 if INTERPRETED else 33001, device_of(backend)
+    rewards, values = randn(3, length, seed=1), randn(3, length, seed=2)
+    mask = response_mask(3, length) if masked else torch.ones(3, length, dtype=torch.bool)
+    mask[0, 100:103] = True
+    dones = torch.zeros(3, length, dtype=torch.bool)
+    dones[0, 101] = True
+    rewards[0, 102] = math.inf
+    for with_dones, bootstrap, lam_value in ((True, 3, 0.9), (True, None, None), (False, 3, None)):
+        options = {"gamma": 0.999, "lam": 0.995, "mask_mode": mode, "lam_value": lam_value}
+        options |= {"mask": mask} if masked else {}
+        options |= {"dones": dones} if with_dones else {}
+        options |= {} if bootstrap is None else {"bootstrap_value": randn(3, seed=bootstrap)}
+
+        def run(device, dtype, options=options):
+            def moved(x):
+                is_tensor = isinstance(x, torch.Tensor)
+                return x.to(device, dtype if x.is_floating_point() else x.dtype) if is_tensor else x
+
+            tensors = map(moved, (rewards, values))
+            return rlhf_fast.gae(*tensors, **{k: moved(x) for k, x in options.items()})
+
+        with rlhf_fast.use_backend("reference"):
+            truth, plain = run("cpu", torch.float64), run("cpu", torch.float32)
+        with poisoned_memory():
+            out = run(device, torch.float32)
+        for name, *three in zip(out._fields, out, truth, plain, strict=True):
+            assert_accurate(f"{name}, {options.keys()}", *three)
+    undiscounted = rlhf_fast.discounted_returns(values.to(device), gamma=0.9, mask=mask.to(device))
+    with rlhf_fast.use_backend("reference"):
+        truth = rlhf_fast.discounted_returns(values.double(), gamma=0.9, mask=mask)
+    assert_accurate("discounted returns", undiscounted, truth)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_shaped_rewards_of_triton_chunks(backend):
+    """The score's place is found from the chunk that has it, across one where nothing counts."""
+    length, device = 203 if INTERPRETED else 33001, device_of(backend)
+    scores, lp, ref = randn(3, seed=5), -randn(3, length, seed=1).abs(), -randn(3, length, seed=2)
+    for mask in (response_mask(3, length), None):
+        moved = [x if x is None else x.to(device) for x in (scores, lp, ref, mask)]
+        rewards, kl = rlhf_fast.shaped_rewards(*moved, kl_coef=0.1)
+        with rlhf_fast.use_backend("reference"):
+            truth = rlhf_fast.shaped_rewards(
+                *(x.double() for x in (scores, lp, ref)), mask, kl_coef=0.1
+            )
+        assert_accurate("rewards", rewards, truth[0])
+        assert_accurate("kl", kl, truth[1])
+
+
 @pytest.mark.parametrize("kind", ["ppo", "gspo", "sapo"])
 @pytest.mark.parametrize("shape", [(3, 9001), (2, 8192), (2500, 130), (3000, 5)])
+@pytest.mark.parametrize(
+    "backend", [b for b in BACKENDS if b != "triton" or not INTERPRETED], indirect=True
+)
 def test_policy_loss(backend, kind, shape):
     """Rows of several parts, and more rows than warps: each thread has several turns."""
     lp, old = -randn(*shape, seed=1).abs(), -randn(*shape, seed=1).abs() + 0.1 * randn(*shape)

@@ -11,6 +11,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rlhf_fast._dispatch import interpreting
+
+# (longest row, log2 of the tokens per block, warps): 8 tokens per thread from 256 tokens on, so
+# that a block's loads hide their latency. From this reasoning and the register table alone: not
+# tuned on a GPU.
+SHAPES = ((64, 6, 1), (256, 8, 1), (1024, 10, 4), (None, 11, 8))
+# The interpreter takes 0.1 ms per element of a scan: small blocks waste less on short rows.
+INTERPRETER_SHAPE = (6, 1)
+
+
+def shape(length: int) -> tuple[int, int]:
+    """(log2 of the tokens per block, warps) for rows of `length` tokens."""
+    if interpreting():
+        return INTERPRETER_SHAPE
+    for longest, log2_block, warps in SHAPES:
+        if longest is None or length <= longest:
+            return log2_block, warps
+    raise AssertionError("SHAPES ends with None")
+
 
 @triton.jit
 def _nearest(found_a, value_a, found_b, value_b):
@@ -39,9 +58,14 @@ def nearest_values(found, value, behind):
 
 
 @triton.jit
+def passed_on(slope, offset, behind):
+    """What each lane hands to its left when `behind` enters the last one and all apply theirs."""
+    slope, offset = tl.associative_scan((slope, offset), 0, _compose, reverse=True)
+    return tl.where(slope == 0.0, offset, tl.fma(slope, behind, offset))
+
+
+@triton.jit
 def traces(delta, cut, walked, decay, behind):
     """A_t of a block from the A behind it."""
     slope = tl.where(walked, tl.where(cut, 0.0, decay), 1.0)
-    offset = tl.where(walked, delta, 0.0)
-    slope, offset = tl.associative_scan((slope, offset), 0, _compose, reverse=True)
-    return tl.where(slope == 0.0, offset, tl.fma(slope, behind, offset))
+    return passed_on(slope, tl.where(walked, delta, 0.0), behind)
