@@ -1,10 +1,12 @@
 """Policy, value and PPO losses in Triton: losses, gradients and statistics without a host read.
 
-Programs of one launch cannot wait for each other, and nothing here is atomic, so a call is up to
-three launches. The number of unmasked tokens divides every gradient: `count_kernel` counts each row
-(and averages its log-ratio for gspo), and is left out where nothing is masked. `loss_kernel` walks
-a part of a row per program, writes its gradients and keeps its sums. `finish_kernel`, one program,
-adds the sums of all parts in their order, in float64.
+`loss_kernel` walks a part of a row per program, writes its gradients and keeps its sums; then the
+sums of all parts are added in their order, in float64. Programs of one launch cannot wait for each
+other, so what divides every gradient must be there before: where that is the number of unmasked
+tokens or rows, `count_kernel` counts each row (and averages its log-ratio for gspo). It also writes
+a 0, with which the programs of `loss_kernel` count how many of them are done: the last one adds the
+sums. Without it, or with more parts than one program should add, `finish_kernel` does. So a call is
+two launches, and three where it is large and has to count.
 
 The length is never specialised on and parts have a fixed length, so sums have one order.
 """
@@ -32,7 +34,7 @@ from ._triton_terms import (
     ratio,
     value_term,
 )
-from ._triton_totals import count_kernel, denominator_of, finish_kernel
+from ._triton_totals import count_kernel, denominator_of, finish, finish_kernel
 from .reference import STATS, bounds
 
 # (longest row, log2 of the tokens per block, warps): four tokens per thread, 16 bytes a load; with
@@ -41,6 +43,9 @@ from .reference import STATS, bounds
 SHAPES = ((128, 7, 1), (None, 9, 4))
 PART = 8  # blocks of a part
 FINISH = 8, 10, 8  # log2 of the parts and of the rows that are read at once; warps
+# A program of `loss_kernel` adds the sums of so many times the parts that it reads at once; a
+# launch costs about as much as eight reads one behind the other. Not tuned on a GPU.
+READS = 8
 SCALE_BLOCK = 1024  # elements: 8 per thread of 4 warps
 # The interpreter runs rows of tests: small blocks, so that they have several parts.
 INTERPRETER_SHAPE, INTERPRETER_FINISH = (4, 1), (2, 1, 1)
@@ -98,12 +103,16 @@ def _value_tokens(
 def loss_kernel(
     logprob_ptr, old_logprob_ptr, advantages_ptr, weights_ptr, values_ptr, old_values_ptr,
     returns_ptr, entropy_ptr, ref_logprob_ptr, mask_ptr, grad_logprob_ptr, grad_advantages_ptr,
-    grad_values_ptr, grad_entropy_ptr, normalizer_ptr, counts_ptr, means_ptr, sums_ptr, rows, T,
-    divisor, clip_low, clip_high, dual_clip, value_clip, value_coef, entropy_coef, kl_coef,
-    KIND: tl.constexpr, ESTIMATOR: tl.constexpr, REDUCTION: tl.constexpr,
+    grad_values_ptr, grad_entropy_ptr, normalizer_ptr, counts_ptr, means_ptr, sums_ptr, loss_ptr,
+    stats_ptr, rows, T, divisor, clip_low, clip_high, dual_clip, value_clip, value_coef,
+    entropy_coef, kl_coef, KIND: tl.constexpr, ESTIMATOR: tl.constexpr, REDUCTION: tl.constexpr,
     LOG2_BLOCK: tl.constexpr, PART: tl.constexpr, LOG2_ROWS: tl.constexpr,
+    LOG2_LANES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a part of a row, and its sums in the columns of sums_ptr [15, parts]."""
+    """Gradients of a part of a row, and its sums in the columns of sums_ptr [16, parts].
+
+    With loss_ptr the last program adds them.
+    """
     BLOCK: tl.constexpr = 2**LOG2_BLOCK
     part = tl.program_id(0)
     parts_of_row = tl.cdiv(T, BLOCK * PART)
@@ -127,7 +136,7 @@ def loss_kernel(
     policy, differences, k3s, ratios, kls = zero, zero, zero, zero, zero
     ratio_min, ratio_max = tl.full([BLOCK], float("inf"), tl.float32), zero
     belows, aboves, duals, value_clips = zero, zero, zero, zero
-    value_losses, entropies = zero, zero
+    value_losses, entropies, tokens = zero, zero, zero
     first = part % parts_of_row * (BLOCK * PART)
     for start in range(first, tl.minimum(first + BLOCK * PART, T), BLOCK):
         t = start + tl.arange(0, BLOCK)
@@ -136,6 +145,8 @@ def loss_kernel(
         live = inside
         if mask_ptr is not None:
             live = inside & (tl.load(mask_ptr + i, mask=inside, other=0) != 0)
+        if counts_ptr is None:
+            tokens += live.to(tl.float32)
         if logprob_ptr is not None:
             loss, d, k3, rho, below, above, dual, kl = _policy_tokens(
                 logprob_ptr, old_logprob_ptr, advantages_ptr, weights_ptr, ref_logprob_ptr,
@@ -183,6 +194,21 @@ def loss_kernel(
     tl.store(out + 12 * parts, tree_sum(value_clips, LOG2_BLOCK))
     tl.store(out + 13 * parts, tl.min(ratio_min, axis=0))
     tl.store(out + 14 * parts, tl.max(ratio_max, axis=0))
+    if counts_ptr is None:
+        tl.store(out + 15 * parts, tree_sum(tokens, LOG2_BLOCK))
+    if loss_ptr is not None:
+        # All threads have stored before the one that counts them releases their sums; the last
+        # program acquires those of all others, and reads them in the parts' order.
+        tl.debug_barrier()
+        done = tl.atomic_add(counts_ptr + rows, 1, sem="acq_rel", scope="gpu")
+        if done == parts - 1:  # to keep what divides so long would cost a spill
+            denominator, counted = denominator_of(
+                counts_ptr, normalizer_ptr, rows, T, divisor, REDUCTION, LOG2_ROWS
+            )
+            finish(
+                sums_ptr, loss_ptr, stats_ptr, parts, denominator, counted, value_coef,
+                entropy_coef, kl_coef, True, LOG2_LANES,
+            )  # fmt: skip
 
 
 def _shape(length: int) -> tuple[int, int]:
@@ -192,14 +218,20 @@ def _shape(length: int) -> tuple[int, int]:
     return next(shape for longest, *shape in SHAPES if longest is None or length <= longest)
 
 
-def _counts(tokens, kind, log2_block, warps):
-    """(unmasked tokens of each row, their mean log-ratio for gspo); None where not needed."""
+def _own_lanes(warps: int) -> int:
+    """log2 of the parts that a program of `loss_kernel` reads at once: 8 doubles per thread."""
+    return 3 + warps.bit_length()
+
+
+def _counts(tokens, kind, divided, reduction, log2_block, warps):
+    """(unmasked tokens of each row and a 0, their mean log-ratio for gspo); None if not needed."""
     logprob, old_logprob, *_, mask = tokens
-    if mask is None and kind != "gspo":
+    given = reduction == "token-sum" or (divided and reduction != "seq-mean-token-mean")
+    if kind != "gspo" and (mask is None or given):
         return None, None
     like = logprob if mask is None else mask
     rows, length = like.shape
-    counts = torch.empty(rows, dtype=torch.int32, device=like.device)
+    counts = torch.empty(rows + 1, dtype=torch.int32, device=like.device)
     means = logprob.new_empty(rows) if kind == "gspo" else None
     count_kernel[(rows,)](
         logprob, old_logprob, mask, counts, means, length, log2_block,
@@ -218,7 +250,8 @@ def _launch(tokens, grads, normalizer, divisor, kind, estimator, reduction, clip
     log2_block, warps = _shape(length)
     log2_lanes, log2_rows, finish_warps = INTERPRETER_FINISH if interpreting() else FINISH
     parts = rows * triton.cdiv(length, PART << log2_block)
-    sums = like.new_empty(15, parts)
+    sums = like.new_empty(16, parts)
+    divided = normalizer is not None or divisor is not None
     divisor = -1.0 if divisor is None else divisor
     clip_low, clip_high, dual_clip, value_clip = clips
     clips = (
@@ -228,16 +261,20 @@ def _launch(tokens, grads, normalizer, divisor, kind, estimator, reduction, clip
     )
     by = REDUCTIONS[reduction]
     with on_device_of(like):
-        counts, means = _counts(tokens, kind, log2_block, warps)
+        counts, means = _counts(tokens, kind, divided, reduction, log2_block, warps)
+        own_lanes = log2_lanes if interpreting() else _own_lanes(warps)
+        alone = counts is not None and parts <= READS << own_lanes
+        results = (loss, stats) if alone else (None, None)
         loss_kernel[(parts,)](
-            *tokens, *grads, normalizer, counts, means, sums, rows, length, divisor, *clips,
-            *coefficients, KINDS[kind], ESTIMATORS[estimator], by, log2_block, PART, log2_rows,
-            num_warps=warps, enable_fp_fusion=False,
+            *tokens, *grads, normalizer, counts, means, sums, *results, rows, length, divisor,
+            *clips, *coefficients, KINDS[kind], ESTIMATORS[estimator], by, log2_block, PART,
+            log2_rows, own_lanes, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
-        finish_kernel[(1,)](
-            sums, counts, normalizer, loss, stats, parts, rows, length, divisor, *coefficients,
-            by, log2_lanes, log2_rows, num_warps=finish_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+        if not alone:
+            finish_kernel[(1,)](
+                sums, counts, normalizer, loss, stats, parts, rows, length, divisor, *coefficients,
+                by, log2_lanes, log2_rows, num_warps=finish_warps, enable_fp_fusion=False,
+            )  # fmt: skip
     return loss, stats
 
 
@@ -298,8 +335,15 @@ def _aot_loss(shape, kind, without, reduction=0, estimator=3):
     log2_block, warps = shape
     return _aot(
         loss_kernel, warps, without, KIND=kind, ESTIMATOR=estimator, REDUCTION=reduction,
-        LOG2_BLOCK=log2_block, PART=PART, LOG2_ROWS=FINISH[1],
+        LOG2_BLOCK=log2_block, PART=PART, LOG2_ROWS=FINISH[1], LOG2_LANES=_own_lanes(warps),
     )  # fmt: skip
+
+
+def _aot_finish(without):
+    log2_lanes, log2_rows, warps = FINISH
+    return _aot(
+        finish_kernel, warps, without, REDUCTION=0, LOG2_LANES=log2_lanes, LOG2_ROWS=log2_rows
+    )
 
 
 _POLICY_ALONE = (
@@ -317,11 +361,13 @@ AOT_SIGNATURES = [
     *(_aot_loss(SHAPES[-1][1:], kind, (*_POLICY_ALONE, *_NO_REINFORCE)) for kind in (0, 3, 4)),
     _aot_loss(SHAPES[-1][1:], 1, (*_POLICY_ALONE, "grad_advantages"), 3),
     _aot_loss(SHAPES[-1][1:], 2, (*_POLICY_ALONE, "means"), 1),
+    # Nothing to count first, so that `finish_kernel` adds the sums.
+    _aot_loss(SHAPES[-1][1:], 0, ("weights", "counts", "loss", "stats", *_NO_REINFORCE)),
     (
         scale_kernel,
         {"grad_ptr": "*fp32:16", "unit_ptr": "*fp32:16", "out_ptr": "*fp32:16", "size": "i32"},
         {"IN_PLACE": True, "BLOCK": SCALE_BLOCK},
         4,
     ),
-    _aot(finish_kernel, FINISH[2], REDUCTION=0, LOG2_LANES=FINISH[0], LOG2_ROWS=FINISH[1]),
+    *(_aot_finish(without) for without in ((), ("counts",))),
 ]

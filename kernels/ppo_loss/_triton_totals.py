@@ -14,7 +14,10 @@ from ._triton_terms import clamped_log_ratio, difference
 def count_kernel(
     logprob_ptr, old_logprob_ptr, mask_ptr, counts_ptr, means_ptr, T, LOG2_BLOCK: tl.constexpr
 ):
-    """Unmasked tokens of each row; with `means_ptr` also the mean of their clamped log-ratios."""
+    """Unmasked tokens of each row; with `means_ptr` also the mean of their clamped log-ratios.
+
+    Behind the counts stands a 0: how many programs of `loss_kernel` have stored their sums.
+    """
     BLOCK: tl.constexpr = 2**LOG2_BLOCK
     row = tl.program_id(0)
     begin = row.to(tl.int64) * T
@@ -32,6 +35,7 @@ def count_kernel(
             sums += clamped_log_ratio(difference(a, b))
     count = tl.sum(counts, axis=0)
     tl.store(counts_ptr + row, count)
+    tl.store(counts_ptr + tl.num_programs(0), 0, mask=row == 0)
     if means_ptr is not None:
         divisor = tl.maximum(count, 1).to(tl.float32)
         tl.store(means_ptr + row, tl.div_rn(tree_sum(sums, LOG2_BLOCK), divisor))
@@ -74,11 +78,10 @@ def _pick(x, lane, k):
     return tl.sum(tl.where(lane == k, x, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["parts", "rows", "T"])
-def finish_kernel(
-    sums_ptr, counts_ptr, normalizer_ptr, loss_ptr, stats_ptr, parts, rows, T, divisor, value_coef,
-    entropy_coef, kl_coef, REDUCTION: tl.constexpr, LOG2_LANES: tl.constexpr,
-    LOG2_ROWS: tl.constexpr,
+@triton.jit
+def finish(
+    sums_ptr, loss_ptr, stats_ptr, parts, denominator, tokens, value_coef, entropy_coef, kl_coef,
+    COUNTED: tl.constexpr, LOG2_LANES: tl.constexpr,
 ):  # fmt: skip
     """Loss and statistics. A term with coefficient 0 is left out: an infinite one does no harm."""
     LANES: tl.constexpr = 2**LOG2_LANES
@@ -89,7 +92,10 @@ def finish_kernel(
     for start in range(0, parts, LANES):
         part = start + tl.arange(0, LANES)
         inside = part < parts
-        summed = (column < 13)[:, None] & inside[None, :]
+        added = column < 13
+        if not COUNTED:
+            added = added | (column == 15)
+        summed = added[:, None] & inside[None, :]
         places = sums_ptr + column[:, None] * parts + part[None, :]
         sums += tl.load(places, mask=summed, other=0.0).to(tl.float64)
         low = tl.load(sums_ptr + 13 * parts + part, mask=inside, other=float("inf"))
@@ -98,10 +104,9 @@ def finish_kernel(
     for step in tl.static_range(LOG2_LANES):
         sums = tl.sum(tl.reshape(sums, [16, 2 ** (LOG2_LANES - step - 1), 2]), axis=2)
     totals = tl.sum(sums, axis=1)
-    denominator, tokens = denominator_of(
-        counts_ptr, normalizer_ptr, rows, T, divisor, REDUCTION, LOG2_ROWS
-    )
-    n = tl.maximum(tokens, 1).to(tl.float64)
+    if not COUNTED:
+        tokens = _pick(totals, column, 15)
+    n = tl.maximum(tokens.to(tl.float64), 1.0)
     weighted = totals / denominator.to(tl.float64)
     means = totals / n
     policy, value = _pick(weighted, column, 0), _pick(weighted, column, 1)
@@ -130,3 +135,19 @@ def finish_kernel(
     tl.store(stats_ptr + 12, largest)
     tl.store(stats_ptr + 13, tokens.to(tl.float32))
     tl.store(stats_ptr + 14, _pick(means, column, 11))
+
+
+@triton.jit(do_not_specialize=["parts", "rows", "T"])
+def finish_kernel(
+    sums_ptr, counts_ptr, normalizer_ptr, loss_ptr, stats_ptr, parts, rows, T, divisor, value_coef,
+    entropy_coef, kl_coef, REDUCTION: tl.constexpr, LOG2_LANES: tl.constexpr,
+    LOG2_ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program, where no program of `loss_kernel` can know that it is the last."""
+    denominator, tokens = denominator_of(
+        counts_ptr, normalizer_ptr, rows, T, divisor, REDUCTION, LOG2_ROWS
+    )
+    finish(
+        sums_ptr, loss_ptr, stats_ptr, parts, denominator, tokens, value_coef, entropy_coef,
+        kl_coef, counts_ptr is not None, LOG2_LANES,
+    )  # fmt: skip
