@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import rlhf_fast
 from rlhf_fast.bench import inputs, shapes
 from rlhf_fast.bench.case import Case
+from rlhf_fast.kernels.decode_attention import Prefix
 
 
 def _lengths(B, C):
@@ -49,8 +50,48 @@ def _decode(sizes, dtype=torch.float32, **options) -> Case:
     )
 
 
+def _make_shared(dtype, B, P, Hq, Hk, Cp, C, D):
+    """Slots that share prompts, as neighbours; `whole_*` is what a cache without sharing holds."""
+    keys, values = (inputs.normal(B, Hk, C, D, seed=s).to(dtype) for s in (1, 2))
+    prefix_keys, prefix_values = (inputs.normal(P, Hk, Cp, D, seed=s).to(dtype) for s in (3, 4))
+    rows = torch.arange(B) * P // B
+    return {
+        "query": inputs.normal(B, Hq, D).to(dtype),
+        "keys": keys,
+        "values": values,
+        "lengths": torch.full((B,), C),
+        "prefix": Prefix(prefix_keys, prefix_values, rows, torch.full((B,), Cp)),
+        "whole_keys": torch.cat((prefix_keys[rows], keys), 2),
+        "whole_values": torch.cat((prefix_values[rows], values), 2),
+    }
+
+
+def _eager_shared(query, whole_keys, whole_values, **_):
+    query = query.unflatten(1, (whole_keys.shape[1], -1))
+    return (scaled_dot_product_attention(query, whole_keys, whole_values).flatten(1, 2),)
+
+
+def _shared(sizes, **options) -> Case:
+    B, P, heads, key_heads, before, own, size = sizes.values()
+    return Case(
+        op="decode_attention",
+        label="shared",
+        sizes=sizes,
+        make=_make_shared,
+        ours=lambda query, keys, values, lengths, prefix, **_: (
+            rlhf_fast.decode_attention(query, keys, values, lengths, prefix=prefix),
+        ),
+        eager=_eager_shared,
+        dtype=torch.float32,
+        bytes=4 * size * (2 * key_heads * (P * before + B * own) + 2 * B * heads),
+        flops=4 * B * (before + own) * heads * size,
+        **options,
+    )
+
+
 CASES = [
     _decode(shapes.ATTENTION, devices=("cpu",)),
+    _shared(shapes.ATTENTION_SHARED),
     _decode(shapes.ATTENTION, torch.bfloat16, devices=("cpu",)),
     _decode(shapes.ATTENTION_GPU, torch.bfloat16, devices=("cuda",)),
     _decode(shapes.ATTENTION_QUICK, quick=True),

@@ -40,6 +40,7 @@ DECODE_QUICK = {"B": 4, "V": 1000}
 
 # Slots, query heads, key heads, room for tokens, head size: Llama-3-8B.
 ATTENTION = {"B": 16, "Hq": 32, "Hk": 8, "C": 1024, "D": 128}
+ATTENTION_SHARED = {"B": 16, "P": 2, "Hq": 32, "Hk": 8, "Cp": 1024, "C": 128, "D": 128}
 ATTENTION_GPU = {"B": 64, "Hq": 32, "Hk": 8, "C": 2048, "D": 128}
 ATTENTION_QUICK = {"B": 3, "Hq": 4, "Hk": 2, "C": 40, "D": 16}
 
