@@ -116,6 +116,20 @@ def test_tied_weights_and_a_change_between_calls():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("compiled", ["model", "layer", "wrapped layer"])
+def test_compiled_modules_keep_their_weights(compiled, seen):
+    model = tiny()
+    expected = greedy(model, PROMPTS[:3], max_new_tokens=3)
+    seen.clear()
+    layer = model.model.layers[0]
+    if compiled == "wrapped layer":
+        layer.mlp = torch.compile(layer.mlp, backend="eager")
+    else:
+        (model if compiled == "model" else layer.mlp).compile(backend="eager")
+    assert torch.equal(greedy(model, PROMPTS[:3], max_new_tokens=3).ids, expected.ids)
+    assert not seen
+
+
 def test_parameters_are_put_back_after_an_error(monkeypatch):
     model = tiny()
     before, parameters = state_of(model), dict(model.named_parameters())

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo import OptimizedModule
 from torch.func import functional_call
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
@@ -52,6 +53,10 @@ def _suits(x: torch.Tensor, rows: range) -> bool:
     return x.numel() > 0 and x.numel() // x.shape[-1] in rows
 
 
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+
+
 class _Run(torch.nn.Module):
     """What `functional_call` calls: `function`, around the module whose parameters it replaces."""
 
@@ -67,8 +72,10 @@ def with_decode_weights(model: torch.nn.Module, function: Callable[[], None]) ->
     """Call `function`; the model's linear layers that it runs multiply few rows by `decode_linear`.
 
     Those are the `torch.nn.Linear`, and the `Conv1D` of GPT-2, whose weight is a plain float32
-    parameter on the CPU.
+    parameter on the CPU. A model of which something is compiled keeps its graphs, and its weights.
     """
+    if any(map(_is_compiled, model.modules())):
+        return function()
     weights: dict[str, torch.Tensor] = {
         f"model.{name}.weight": module.weight.detach().as_subclass(DecodeWeight)
         for name, module in model.named_modules()
