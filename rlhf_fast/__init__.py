@@ -12,7 +12,7 @@ from rlhf_fast.kernels.advantages import (
     shaped_rewards,
     whiten,
 )
-from rlhf_fast.kernels.decode_attention import decode_attention
+from rlhf_fast.kernels.decode_attention import Prefix, decode_attention
 from rlhf_fast.kernels.decode_linear import decode_linear
 from rlhf_fast.kernels.gae import GAE, discounted_returns, gae, gae_packed
 from rlhf_fast.kernels.kl import (
@@ -57,6 +57,7 @@ __all__ = [
     "LogprobEntropy",
     "LogprobEntropyGrad",
     "Loss",
+    "Prefix",
     "Rollout",
     "RolloutOutput",
     "Sample",

@@ -118,7 +118,16 @@ SAMPLES = {
             randn(B, 2, T, H, seed=2),
             torch.tensor([5, 0, 3]),
         ),
-        {"window": 4, "softcap": 5.0},
+        {
+            "window": 4,
+            "softcap": 5.0,
+            "prefix": rlhf_fast.Prefix(
+                randn(2, 2, 3, H, seed=3),
+                randn(2, 2, 3, H, seed=4),
+                torch.tensor([1, 1, 0]),
+                torch.tensor([3, 1, 0]),
+            ),
+        },
     ),
     "decode_linear": lambda: ((randn(B, H), randn(5, H, seed=1), randn(5, seed=2)), {}),
     "sample": lambda: (

@@ -225,6 +225,12 @@ def test_bad_prefixes(change, error, message):
         rlhf_fast.decode_attention(QUERY, CACHE, CACHE, LENGTHS, prefix=good._replace(**change))
 
 
+def test_a_prefix_has_names():
+    with pytest.raises(TypeError, match="prefix: expected a Prefix or None, got tuple"):
+        prefix = (CACHE, CACHE, LENGTHS, LENGTHS)
+        rlhf_fast.decode_attention(QUERY, CACHE, CACHE, LENGTHS, prefix=prefix)
+
+
 def test_heads_of_a_prefix():
     other = torch.zeros(3, 1, 5, 8)
     with pytest.raises(ValueError, match=r"prefix.keys: expected the 2 heads of keys, got 1"):

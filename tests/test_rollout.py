@@ -257,7 +257,7 @@ def test_row_seeds_differ_and_are_pinned():
 @pytest.mark.parametrize("max_slots", [1, 3, 4, 64])
 @pytest.mark.parametrize("eos_ids", [(), (1, 2, 3, 4, 5)])
 def test_the_keys_of_a_prompt_are_computed_once(model, max_slots, eos_ids, monkeypatch):
-    """However its samples start, together or late, and they draw what they draw alone."""
+    """However its samples start, together or late, and they draw what each draws by itself."""
     fed = []
     forward = loop.Loop._forward
 
@@ -271,6 +271,6 @@ def test_the_keys_of_a_prompt_are_computed_once(model, max_slots, eos_ids, monke
         patch.setattr(loop.Loop, "_forward", record)
         out = rlhf_fast.generate(model, PROMPTS, n=4, max_slots=max_slots, **options)
     assert fed == list(map(len, PROMPTS))
-    alone = rlhf_fast.generate(model, PROMPTS, n=4, **options)
+    alone = rlhf_fast.generate(model, PROMPTS, n=4, max_slots=1, **options)
     assert torch.equal(out.ids, alone.ids) and torch.equal(out.lengths, alone.lengths)
     assert (out.logprob - alone.logprob).abs().max() < 2e-5

@@ -121,7 +121,8 @@ RLHF_INLINE void policy_tokens(const PpoLossArgs& args, const Part& part, int64_
   sums.ratio.add(counted);
   sums.ratio_min = min(live ? rho : splat<Vec>(kInfinity), sums.ratio_min);
   sums.ratio_max = max(counted, sums.ratio_max);
-  // All ones is -1. A token that does not count has advantage 0 and ratio 1: no clip has a say.
+  // All ones is -1. No clip has a say on a token that does not count: its advantage is 0, and in
+  // cispo its ratio 1, which is inside the bounds.
   sums.clip_low -= term.low;
   sums.clip_high -= term.high;
   sums.dual_clip -= term.dual;

@@ -33,7 +33,7 @@ RLHF_HD Masses masses_of(const Row<T>& row, Tokens& tokens, const Cut& cut) {
   tokens.each([&](float, float u, int, int) {
     if (row.depth(u) <= cut.depth) total += Row<T>::weight_of(row.e(u));
   });
-  tokens.rate = 0x1p46 / static_cast<double>(sum_team<BLOCKS>(total));
+  tokens.rate = kUnits / static_cast<double>(sum_team<BLOCKS>(total));
   tokens.each([&](float, float u, int, int place) {
     if (row.depth(u) > cut.depth) return;
     const float q = static_cast<float>(row.e(u) * tokens.rate);
@@ -92,7 +92,7 @@ RLHF_HD Cut nucleus(const Row<T>& row, const Tokens& tokens, const Masses& masse
 
 // What the kept set comes to.
 struct Draw {
-  uint64_t part;  // the sum of e, in units of 2^-46
+  uint64_t part;  // the sum of e, in units of 1 / kUnits
   Winner winner;  // of this block
 };
 
@@ -169,7 +169,7 @@ RLHF_HD Draw draw_from_few(const Row<T>& row, List& list, int count, const Masse
   const double e = kept ? row.e(u) : 0.0;
   if (s.top_p < 1.0) {
     Masses all = known;
-    if (s.top_k > 0) all.rate = 0x1p46 / static_cast<double>(sum_block(Row<T>::weight_of(e)));
+    if (s.top_k > 0) all.rate = kUnits / static_cast<double>(sum_block(Row<T>::weight_of(e)));
     const uint64_t mass = kept ? Row<T>::mass_of(static_cast<float>(e * all.rate)) : 0;
     if (s.top_k > 0) all.whole = sum_block(mass);
     masses[i] = mass;

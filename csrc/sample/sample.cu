@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS == 1 ? 3 : 4) sample_kernel(Sa
   } else {
     const bool top_p_alone = s.top_k == 0 && s.top_p < 1.0;
     // Above the mass that top-p needs by more than float knows it.
-    const double enough = (s.top_p + 2.0 * row.slack + 1e-6) * total * 0x1p46;
+    const double enough = (s.top_p + 2.0 * row.slack + 1e-6) * total * kUnits;
     const bool listed = (from > -FLT_MAX || row.vocabulary <= kList) && count <= kList &&
                         (!top_p_alone || row.vocabulary <= kList || mass > enough);
     AllTokens<T, BLOCKS> all = {row, 0.0};
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS == 1 ? 3 : 4) sample_kernel(Sa
       Blocks::sync();
       draw.winner = best_of<BLOCKS>(share);
     }
-    if (first) write(args, n, row, draw.winner.id, static_cast<double>(draw.part) * 0x1p-46);
+    if (first) write(args, n, row, draw.winner.id, static_cast<double>(draw.part) / kUnits);
     if (listed) return;
   }
   Blocks::sync();  // all have read from the others

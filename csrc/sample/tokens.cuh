@@ -11,6 +11,8 @@ namespace {
 
 constexpr int kColumns = 8;  // of a chunk: 16 bytes of bf16, 32 of float, two groups of the race
 constexpr int kList = 2048;  // tokens of a list
+// Of a weight of 1: the sum of 2^21 of them fits into 64 bits.
+constexpr double kUnits = 0x1p43;
 
 // Numbers that order like x: the further below `top`, the larger.
 RLHF_HD uint32_t order_of(float x) {
@@ -63,7 +65,7 @@ struct Row {
     return static_cast<uint64_t>(static_cast<double>(q) * 0x1p62);
   }
   // Weights e from 0 to 1 as integers whose sum over a row fits into 64 bits.
-  RLHF_HD static uint64_t weight_of(double e) { return static_cast<uint64_t>(e * 0x1p46 + 0.5); }
+  RLHF_HD static uint64_t weight_of(double e) { return static_cast<uint64_t>(e * kUnits + 0.5); }
 };
 
 // By one thread.

@@ -16,7 +16,8 @@ _dispatch.implementations(
 
 
 class Prefix(NamedTuple):
-    """Keys and values of tokens that come before those of a slot, and may serve several slots."""
+    """Keys and values of tokens that come before a slot's own, and may serve several slots: what
+    `decode_attention` takes as `prefix`."""
 
     keys: torch.Tensor  # [P, Hk, Cp, D]
     values: torch.Tensor  # [P, Hk, Cp, D]
@@ -150,6 +151,8 @@ def decode_attention(
         )
     _check_numbers("lengths", lengths, query)
     if prefix is not None:
+        if not isinstance(prefix, Prefix):
+            raise TypeError(f"prefix: expected a Prefix or None, got {type(prefix).__name__}")
         _check_prefix(prefix, keys, query)
     if window is not None and _args.integer("window", window) < 1:
         raise ValueError(f"window: expected an int of at least 1, got {window}")

@@ -26,7 +26,6 @@ def _linear(sizes, **options) -> Case:
         dtype=torch.float32,
         bytes=4 * (rows * size + outputs * size + rows * outputs),
         flops=2 * rows * size * outputs,
-        devices=("cpu",),
         **options,
     )
 

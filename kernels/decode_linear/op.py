@@ -37,8 +37,8 @@ def decode_linear(
     and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008; the fixed order as
     in He et al., "Defeating nondeterminism in LLM inference", 2025.
 
-    In half precision, and on a GPU, PyTorch's product is as fast and serves. For inference: the
-    result is detached. Rollouts hand their models' layers to it by themselves.
+    In half precision, and on a GPU, PyTorch's product serves: in bfloat16 it is as fast. For
+    inference: the result is detached. Rollouts hand their models' layers to it by themselves.
 
     Args:
         x: `[..., H]` float64, float32, float16 or bfloat16.

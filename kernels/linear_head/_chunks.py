@@ -19,13 +19,14 @@ import torch
 
 from rlhf_fast import _invariant
 from rlhf_fast.kernels._common.launch import ELSEWHERE
+from rlhf_fast.kernels._common.precision import full_precision
 from rlhf_fast.kernels.logprob.reference import live_tokens
 
 from . import _shards
 from ._collect import collector
 from ._gradients import Gradients
 from ._logits import Logits, chunks, merge_shards, passed_on, rows_that_fit
-from ._tiles import Head, Rows, full_precision
+from ._tiles import Head, Rows
 from ._walk import Kept, backward_walk
 from .reference_kl import kl_setup
 from .reference_logprob import as_outputs, local_ids

@@ -7,8 +7,7 @@ complete, in float32, when the slice is left: it needs no accumulator of the siz
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -20,21 +19,6 @@ ROWS = 512
 # Rows per product where rows must not depend on each other; see `product`.
 INVARIANT_ROWS = 64
 _PAD = 64
-
-
-def full_precision(function: Callable[..., object]) -> Callable[..., object]:
-    """Run `function` outside `torch.autocast`, whose dispatch key reaches into an op's body.
-
-    Without this a float32 head under bf16 autocast would give log-probs that are wrong by 0.06.
-    """
-
-    @functools.wraps(function)
-    def wrapper(*arguments):
-        device = next(x.device.type for x in arguments if isinstance(x, torch.Tensor))
-        with torch.autocast(device, enabled=False):
-            return function(*arguments)
-
-    return wrapper
 
 
 def _padded(x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from rlhf_fast import _invariant
 from rlhf_fast._args import compute_dtype
+from rlhf_fast.kernels._common.precision import full_precision
 from rlhf_fast.kernels.logprob.reference import live_tokens
 
 from ._gradients import Gradients, Upstream
@@ -13,7 +14,6 @@ from ._tiles import (
     Head,
     Rows,
     finite,
-    full_precision,
     merge,
     pick,
     statistics,

@@ -6,6 +6,7 @@ import torch
 
 from rlhf_fast import _dispatch, _invariant
 from rlhf_fast._args import compute_dtype
+from rlhf_fast.kernels._common.precision import full_precision
 from rlhf_fast.kernels.logprob.reference import live_tokens
 
 from . import _shards
@@ -14,7 +15,6 @@ from ._tiles import (
     Head,
     Rows,
     finite,
-    full_precision,
     merge,
     pick,
     statistics,

@@ -15,6 +15,7 @@ import torch
 
 from rlhf_fast import _invariant
 from rlhf_fast._args import compute_dtype
+from rlhf_fast.kernels._common.precision import full_precision
 from rlhf_fast.kernels.kl.reference import kl_estimate_backward
 from rlhf_fast.kernels.logprob.reference import live_tokens
 from rlhf_fast.kernels.ppo_loss.reference import (
@@ -31,7 +32,6 @@ from ._tiles import (
     Head,
     Rows,
     finite,
-    full_precision,
     merge,
     pick,
     statistics,

@@ -149,7 +149,7 @@ class Rollout:
 
         Row p*n + j draws with `rollout.prompts.row_seed(seed, p, j)` and the index of the token in
         its response, so that it depends neither on the other rows nor on the slot it ran in, beyond
-        the last bits of the model's own matrix products.
+        the last bits of the model's own matrix products and attention.
 
         Args:
             prompts: a list of 1-D id tensors or lists of ints, in which every id is a token like

@@ -2,8 +2,8 @@
 
 On a CPU three quarters of a decode step are PyTorch's products of 16 rows at a fifth of the
 memory's speed. `torch.func.functional_call` runs a model with other tensors in the place of its
-parameters and puts them back, after an error too; here those are the same weights under a class of
-their own, which PyTorch asks before it runs a function on them (`__torch_function__`).
+parameters and puts them back, after an error too; here those stand for the same parameters, under a
+class that PyTorch asks before it runs a function on them (`__torch_function__`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo import OptimizedModule
 from torch.func import functional_call
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
@@ -24,37 +23,72 @@ _LINEAR_ROWS, _CONV1D_ROWS = range(1, 65), range(2, 17)
 
 
 class DecodeWeight(torch.Tensor):
-    """The weight of a linear layer, which few rows reach by `decode_linear`.
+    """Stands for the weight of a linear layer, which few rows then reach by `decode_linear`.
 
-    Every other function sees a plain tensor and gives one.
+    Every function gets the parameter itself, as it is at that time, and gives a plain tensor.
     """
+
+    parameter: torch.nn.Parameter
+
+    @classmethod
+    def of(cls, parameter: torch.nn.Parameter) -> DecodeWeight:
+        weight = parameter.detach().as_subclass(cls)
+        weight.parameter = parameter
+        return weight
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
+        out = None
         with torch._C.DisableTorchFunctionSubclass():
-            if func is linear and not kwargs and _suits(args[0], _LINEAR_ROWS):
-                x, weight, *bias = args
-                return _decode_linear(x, weight, *(bias or (None,)))
-            if func is torch.addmm and not kwargs and _suits(args[1], _CONV1D_ROWS):
-                bias, x, weight = args
-                return _decode_linear(x, weight.t(), bias)
-            return func(*args, **(kwargs or {}))
+            if not kwargs and not torch.compiler.is_compiling():
+                if func is linear:
+                    out = _as_linear(*args)
+                elif func is torch.addmm:
+                    out = _as_conv1d(*args)
+            if out is None:
+                out = func(*(_plain(x) for x in args), **(kwargs or {}))
+        return out
 
 
-def _decode_linear(x, weight, bias) -> torch.Tensor:
+def _plain(x: Any) -> Any:
+    return x.parameter if type(x) is DecodeWeight else x
+
+
+def _as_linear(x, weight, bias=None) -> torch.Tensor | None:
+    """What `torch.nn.Linear` computes, or None where that is left to PyTorch, errors included."""
+    if type(weight) is not DecodeWeight:
+        return None
+    return _decode_linear(x, weight.parameter, bias, _LINEAR_ROWS)
+
+
+def _as_conv1d(bias, x, weight) -> torch.Tensor | None:
+    """What `Conv1D` computes, or None."""
+    if type(weight) is not DecodeWeight:
+        return None
+    return _decode_linear(x, weight.parameter.t(), bias, _CONV1D_ROWS)
+
+
+def _decode_linear(x, weight, bias, rows: range) -> torch.Tensor | None:
+    if torch.is_autocast_enabled("cpu") or x.numel() == 0 or x.shape[-1] != weight.shape[1]:
+        return None
+    if x.numel() // weight.shape[1] not in rows:
+        return None
+    for y in (x, bias):
+        if y is not None and (y.dtype != weight.dtype or y.device != weight.device):
+            return None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None
     backend = _dispatch.requested("decode_linear")
     return torch.ops.rlhf_fast.decode_linear(x, weight, bias, backend)
 
 
-def _suits(x: torch.Tensor, rows: range) -> bool:
-    """Whether `decode_linear` is to multiply `x` with a float32 weight on the CPU."""
-    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+def _is_served(module: torch.nn.Module) -> bool:
+    """Whether `module` is a Linear or a Conv1D with a dense float32 parameter on the CPU."""
+    if type(module) not in (torch.nn.Linear, Conv1D):
         return False
-    return x.numel() > 0 and x.numel() // x.shape[-1] in rows
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+    weight = module.weight
+    plain = type(weight) is torch.nn.Parameter and weight.is_contiguous()
+    return plain and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 class _Run(torch.nn.Module):
@@ -69,19 +103,17 @@ class _Run(torch.nn.Module):
 
 
 def with_decode_weights(model: torch.nn.Module, function: Callable[[], None]) -> None:
-    """Call `function`; the model's linear layers that it runs multiply few rows by `decode_linear`.
+    """Call `function`; the linear layers of `model` multiply few rows by `decode_linear` in it.
 
-    Those are the `torch.nn.Linear`, and the `Conv1D` of GPT-2, whose weight is a plain float32
-    parameter on the CPU. A model of which something is compiled keeps its graphs, and its weights.
+    Those are the `torch.nn.Linear`, and the `Conv1D` of GPT-2, whose weight is a dense float32
+    parameter on the CPU; what is compiled and what runs under autocast is left to PyTorch.
     """
-    if any(map(_is_compiled, model.modules())):
-        return function()
     weights: dict[str, torch.Tensor] = {
-        f"model.{name}.weight": module.weight.detach().as_subclass(DecodeWeight)
+        f"model.{name}.weight": DecodeWeight.of(module.weight)
         for name, module in model.named_modules()
-        if type(module) in (torch.nn.Linear, Conv1D)
-        and type(module.weight) is torch.nn.Parameter
-        and module.weight.dtype == torch.float32
-        and module.weight.device.type == "cpu"
+        if _is_served(module)
     }
-    functional_call(_Run(model, function), weights, (), tie_weights=False)
+    if weights:
+        functional_call(_Run(model, function), weights, (), tie_weights=False)
+    else:
+        function()
