@@ -12,6 +12,8 @@ from transformers.generation import (
 )
 
 import rlhf_fast
+from rlhf_fast import _dispatch
+from rlhf_fast.testing import usable_backends
 
 INF = math.inf
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,6 +25,11 @@ PARAMETERS = (
     {"min_p": 0.1},
     {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
 )
+
+
+def quick_backends(op):
+    """Those for tests of many rows: all but Triton's interpreter, which takes 0.1 s for one."""
+    return [b for b in usable_backends(op) if b != "triton" or not _dispatch.interpreting()]
 
 
 def hugging_face(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):

@@ -22,7 +22,15 @@ from rlhf_fast.testing import (
     randn,
     usable_backends,
 )
-from tests.sample_truth import FLOATS, INF, PARAMETERS, hugging_face, replay_all, truth
+from tests.sample_truth import (
+    FLOATS,
+    INF,
+    PARAMETERS,
+    hugging_face,
+    quick_backends,
+    replay_all,
+    truth,
+)
 
 
 @pytest.fixture(params=usable_backends("sample"))
@@ -31,7 +39,13 @@ def sampler(request):
         yield device_of(request.param)
 
 
-@pytest.fixture(params=usable_backends("replay_logprob"))
+@pytest.fixture(params=quick_backends("sample"))
+def quick_sampler(request):
+    with rlhf_fast.use_backend(request.param, op="sample"):
+        yield device_of(request.param)
+
+
+@pytest.fixture(params=quick_backends("replay_logprob"))
 def replayer(request):
     with rlhf_fast.use_backend(request.param, op="replay_logprob"):
         yield device_of(request.param)
@@ -43,10 +57,10 @@ def replayer(request):
 @pytest.mark.parametrize("vocabulary", [1, 2, 17, 300])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("parameters", PARAMETERS)
-def test_sample_against_float64(sampler, vocabulary, dtype, parameters):
+def test_sample_against_float64(quick_sampler, vocabulary, dtype, parameters):
     logits = (2 * randn(6, vocabulary, seed=1)).to(dtype)
     with poisoned_memory():
-        out = rlhf_fast.sample(logits.to(sampler), seed=3, position=7, **parameters)
+        out = rlhf_fast.sample(logits.to(quick_sampler), seed=3, position=7, **parameters)
     logq, log_mass, entropy = truth(logits, **parameters)
     ids = out.ids.cpu()
     scores = hugging_face(logits.float(), **parameters)
@@ -93,7 +107,7 @@ def test_adversarial_rows(replayer, name, parameters):
     assert not log_mass[~possible.to(replayer)].any()
 
 
-@pytest.mark.parametrize("backend", usable_backends("sample"))
+@pytest.mark.parametrize("backend", quick_backends("sample"))
 def test_sample_and_replay_agree(backend):
     """Bit for bit where a backend has both."""
     logits = (3 * randn(40, 700, seed=4)).bfloat16().to(device_of(backend))

@@ -14,6 +14,7 @@ from rlhf_fast.testing import (
     randn,
     usable_backends,
 )
+from tests.sample_truth import quick_backends
 
 INF = math.inf
 # Seeds are fixed, so that a test passes always or never; a right sampler fails one in 10**7.
@@ -22,6 +23,12 @@ ALPHA = 1e-7
 
 @pytest.fixture(params=usable_backends("sample"))
 def sampler(request):
+    with rlhf_fast.use_backend(request.param, op="sample"):
+        yield device_of(request.param)
+
+
+@pytest.fixture(params=quick_backends("sample"))
+def quick_sampler(request):
     with rlhf_fast.use_backend(request.param, op="sample"):
         yield device_of(request.param)
 
@@ -142,14 +149,14 @@ def test_draws_against_python(sampler):
             assert drawn == expected
 
 
-def test_seeds_and_positions_of_every_kind(sampler):
-    logits = torch.zeros(4, 1000, device=sampler)
+def test_seeds_and_positions_of_every_kind(quick_sampler):
+    logits = torch.zeros(4, 1000, device=quick_sampler)
 
     def ids(seed, position=0):
         return rlhf_fast.sample(logits, seed=seed, position=position).ids
 
     def column(value, dtype):
-        return torch.tensor([value] * 4, dtype=dtype, device=sampler)
+        return torch.tensor([value] * 4, dtype=dtype, device=quick_sampler)
 
     first = ids(200, 100)
     assert (first == first[0]).all()
@@ -329,12 +336,12 @@ def test_a_row_alone_is_summed_like_a_row_among_others():
 
 
 @pytest.mark.parametrize("rows, vocabulary", [(33, 1000), (4, 50_257)])
-def test_rows_do_not_depend_on_the_batch(sampler, rows, vocabulary):
+def test_rows_do_not_depend_on_the_batch(quick_sampler, rows, vocabulary):
     """Alone, permuted, in a larger batch, in another slot: the same bits."""
-    logits = (3 * randn(rows, vocabulary, seed=5)).to(sampler)
-    seeds = torch.arange(rows, device=sampler) * 12345
-    position = torch.arange(rows, device=sampler) % 3
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(sampler)
+    logits = (3 * randn(rows, vocabulary, seed=5)).to(quick_sampler)
+    seeds = torch.arange(rows, device=quick_sampler) * 12345
+    position = torch.arange(rows, device=quick_sampler) % 3
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(quick_sampler)
     for parameters in ({}, {"top_k": 20}, {"top_p": 0.5, "temperature": 0.6}, {"min_p": 0.01}):
         whole = rlhf_fast.sample(logits, seed=seeds, position=position, **parameters)
         mixed = rlhf_fast.sample(

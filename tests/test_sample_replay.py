@@ -14,7 +14,7 @@ from rlhf_fast.testing import (
     randn,
     usable_backends,
 )
-from tests.sample_truth import FLOATS, INF, PARAMETERS, replay_all
+from tests.sample_truth import FLOATS, INF, PARAMETERS, quick_backends, replay_all
 
 
 @pytest.fixture(params=usable_backends("replay_logprob"))
@@ -23,18 +23,25 @@ def replayer(request):
         yield device_of(request.param)
 
 
+@pytest.fixture(params=quick_backends("replay_logprob"))
+def quick_replayer(request):
+    with rlhf_fast.use_backend(request.param, op="replay_logprob"):
+        yield device_of(request.param)
+
+
 @pytest.mark.parametrize("parameters", PARAMETERS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_gradient_of_replay(replayer, parameters, dtype):
+def test_gradient_of_replay(quick_replayer, parameters, dtype):
+    device = quick_replayer
     logits = (2 * randn(3, 4, 50, seed=9)).to(dtype)
     flat = logits.flatten(0, 1)
     kept = replay_all(flat, **parameters)[0] > -INF
     ids = torch.where(kept, torch.rand(kept.shape), -1.0).argmax(-1)
     g, h = randn(3, 4, seed=1), randn(3, 4, seed=2)
-    x = logits.clone().to(replayer).requires_grad_()
+    x = logits.clone().to(device).requires_grad_()
     with poisoned_memory():
-        logprob, log_mass = rlhf_fast.replay_logprob(x, ids.view(3, 4).to(replayer), **parameters)
-        ((logprob * g.to(replayer)).sum() + (log_mass * h.to(replayer)).sum()).backward()
+        logprob, log_mass = rlhf_fast.replay_logprob(x, ids.view(3, 4).to(device), **parameters)
+        ((logprob * g.to(device)).sum() + (log_mass * h.to(device)).sum()).backward()
 
     def through_autograd(z):
         u = z / parameters.get("temperature", 1.0)

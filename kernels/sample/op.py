@@ -11,9 +11,10 @@ from rlhf_fast import _args, _dispatch
 
 from ._checks import check_logits
 
-_ELSEWHERE = "on a GPU the reference serves it, without a host synchronisation"
-_dispatch.implementations("sample", __package__, triton="there is none; on a GPU cuda serves it")
-_dispatch.implementations("replay_logprob", __package__, triton=_ELSEWHERE, cuda=_ELSEWHERE)
+_dispatch.implementations("sample", __package__)
+_dispatch.implementations(
+    "replay_logprob", __package__, cuda="there is none; on a GPU triton serves it"
+)
 
 _TEMPERATURE = "float temperature, Tensor? temperatures"
 _PARAMETERS = (
