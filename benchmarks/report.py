@@ -21,7 +21,13 @@ README = ROOT / "README.md"
 # What a backend's code for an op amounts to that has not passed its tests on a GPU, and which that
 # is: (op, backend).
 UNPROVED = {"reference": "yes", "cpu": "yes", "triton": "interpreted", "cuda": "compiles"}
-NOT_ON_GPU = {("sample", "triton"), ("replay_logprob", "triton")}
+NOT_ON_GPU = {
+    (op, "triton")
+    for op in (
+        "sample", "replay_logprob", "decode_attention", "policy_loss", "value_loss", "ppo_loss",
+        "gae", "discounted_returns", "shaped_rewards", "ppo_advantages",
+    )
+}  # fmt: skip
 # Smaller cases are a matter of launches and Python; docs/RESULTS.md has them.
 SHOWN_BYTES = 8e6
 
