@@ -25,7 +25,7 @@ NOT_ON_GPU = {
     (op, "triton")
     for op in (
         "sample", "replay_logprob", "decode_attention", "policy_loss", "value_loss", "ppo_loss",
-        "gae", "discounted_returns", "shaped_rewards", "ppo_advantages",
+        "gae", "gae_packed", "discounted_returns", "shaped_rewards", "ppo_advantages",
     )
 }  # fmt: skip
 # Smaller cases are a matter of launches and Python; docs/RESULTS.md has them.
