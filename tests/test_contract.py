@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import rlhf_fast
 from rlhf_fast import _dispatch
@@ -267,12 +268,10 @@ def test_opcheck(op):
 def test_fake_kernel_tells_the_truth(op):
     for name, arguments in torch_calls(op):
         function = getattr(torch.ops.rlhf_fast, name)
-        plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        plain = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
         real = function(*plain)
         with FakeTensorMode() as mode:
-            fake = function(
-                *(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in plain)
-            )
+            fake = function(*tree_map_only(torch.Tensor, mode.from_tensor, plain))
         real, fake = tensors_of(real), tensors_of(fake)
         assert len(real) == len(fake), name
         for k, (a, b) in enumerate(zip(real, fake, strict=True)):
@@ -288,7 +287,9 @@ def test_outputs_are_no_views_of_inputs(op):
         with torch.no_grad():
             outputs = tensors_of(getattr(torch.ops.rlhf_fast, name)(*arguments))
         storages = {
-            x.untyped_storage().data_ptr() for x in arguments if isinstance(x, torch.Tensor)
+            x.untyped_storage().data_ptr()
+            for x in tree_leaves(arguments)
+            if isinstance(x, torch.Tensor)
         }
         for k, out in enumerate(outputs):
             assert out.untyped_storage().data_ptr() not in storages, f"{name}: output {k}"
