@@ -13,7 +13,14 @@ from transformers.generation import (
 
 import rlhf_fast
 from rlhf_fast import _dispatch
-from rlhf_fast.testing import usable_backends
+from rlhf_fast.kernels.sample import reference
+from rlhf_fast.testing import (
+    assert_same_bits,
+    generator,
+    poisoned_memory,
+    randn,
+    usable_backends,
+)
 
 INF = math.inf
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,3 +98,66 @@ def truth(logits, **parameters):
         mine = {k: x[n].item() if torch.is_tensor(x) else x for k, x in parameters.items()}
         rows.append(truth_of_row(row, **mine))
     return tuple(torch.tensor(x, dtype=torch.float64) for x in zip(*rows, strict=True))
+
+
+# ------------------------------------------------------- implementations beside the reference
+
+
+def arguments(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """A number or a tensor each, as the torch ops take them."""
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    out = []
+    values = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    for name, value in values.items():
+        tensor = torch.is_tensor(value)
+        out += [off[name], value] if tensor else [value, None]
+    return out
+
+
+def kept_of(u, tau, last):
+    tau, last = tau.unsqueeze(-1), last.unsqueeze(-1)
+    inside = (u > tau) | ((u == tau) & (torch.arange(u.shape[-1]) <= last))
+    return inside & (u > -INF)
+
+
+def assert_like_reference(room, logits, seed=5, position=9, mask=None, **parameters):
+    """`room.sample` draws the ids and keeps the sets of the reference, and agrees with
+    `room.replay_logprob` bit for bit; returns what it drew."""
+    rows = len(logits)
+    seeds = torch.arange(rows) * 7919 + seed
+    call = arguments(**parameters)
+    draw = 0, seeds, position, None
+    ids = reference.sample(logits, mask, *call, *draw)[0]
+    z = logits.float() if mask is None else logits.float().masked_fill(~mask, -INF)
+    theirs = reference.replay_logprob(z, ids, *call)
+    t = parameters.get("temperature", 1.0)
+    t = torch.as_tensor(t, dtype=torch.float32).expand(rows).unsqueeze(-1)
+    u = z / torch.where(t == 0, 1.0, t)
+    with poisoned_memory():
+        out = room.sample(logits, mask, *call, *draw)
+        mine = room.replay_logprob(z, ids, *call)
+    assert torch.equal(out[0], ids)
+    assert torch.equal(kept_of(u, mine[2], mine[3]), kept_of(u, theirs[2], theirs[3]))
+    assert_same_bits("logprob", out[1], mine[0])
+    assert_same_bits("log_mass", out[2], mine[1])
+    assert (out[1] <= 0).all() and (out[2] <= 0).all() and (out[3] >= 0).all()
+    return out
+
+
+def any_case(rows, seed, vocabulary, scale, temperature, top_k, top_p, min_p, per_row):
+    """Arguments of `assert_like_reference` from drawn numbers: every third seed has ties, every
+    second one a mask; with `per_row` the last row is cut by nothing."""
+    logits = scale * randn(rows, vocabulary, seed=seed)
+    logits = logits.round() / 2 if seed % 3 == 0 else logits
+    mask = torch.rand(rows, vocabulary, generator=generator(seed)) < 0.8 if seed % 2 else None
+    if mask is not None:
+        mask[:, seed % vocabulary] = True
+    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    if per_row:
+        dtypes = torch.float32, torch.int64, torch.float64, torch.float64
+        off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        parameters = {
+            name: torch.tensor([value] * (rows - 1) + [off[name]]).to(dtype)
+            for (name, value), dtype in zip(parameters.items(), dtypes, strict=True)
+        }
+    return {"logits": logits, "seed": seed, "mask": mask, **parameters}

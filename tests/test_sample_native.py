@@ -16,7 +16,8 @@ from rlhf_fast.testing import (
     poisoned_memory,
     randn,
 )
-from tests.sample_truth import FLOATS, INF, truth
+from tests import sample_truth
+from tests.sample_truth import FLOATS, INF, any_case, arguments, truth
 
 _C = pytest.importorskip("rlhf_fast._C")
 
@@ -61,44 +62,10 @@ def isa(request):
     _C.set_isa(before)
 
 
-def arguments(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """A number or a tensor each, as the torch ops take them."""
-    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    out = []
-    values = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    for name, value in values.items():
-        tensor = torch.is_tensor(value)
-        out += [off[name], value] if tensor else [value, None]
-    return out
-
-
-def kept_of(u, tau, last):
-    tau, last = tau.unsqueeze(-1), last.unsqueeze(-1)
-    inside = (u > tau) | ((u == tau) & (torch.arange(u.shape[-1]) <= last))
-    return inside & (u > -INF)
-
-
-def assert_like_reference(logits, seed=5, position=9, mask=None, **parameters):
+def assert_like_reference(logits, **options):
     """On each instruction set the same ids and kept sets, and the twin's log-probs bit for bit."""
-    rows = len(logits)
-    seeds = torch.arange(rows) * 7919 + seed
-    call = arguments(**parameters)
-    draw = 0, seeds, position, None
-    ids = reference.sample(logits, mask, *call, *draw)[0]
-    z = logits.float() if mask is None else logits.float().masked_fill(~mask, -INF)
-    theirs = reference.replay_logprob(z, ids, *call)
-    t = parameters.get("temperature", 1.0)
-    t = torch.as_tensor(t, dtype=torch.float32).expand(rows).unsqueeze(-1)
-    u = z / torch.where(t == 0, 1.0, t)
-    kept = kept_of(u, theirs[2], theirs[3])
     for _ in every_isa():
-        out = native.sample(logits, mask, *call, *draw)
-        assert torch.equal(out[0], ids)
-        mine = native.replay_logprob(z, ids, *call)
-        assert torch.equal(kept_of(u, mine[2], mine[3]), kept)
-        assert_same_bits("logprob", out[1], mine[0])
-        assert_same_bits("log_mass", out[2], mine[1])
-        assert (out[1] <= 0).all() and (out[2] <= 0).all() and (out[3] >= 0).all()
+        sample_truth.assert_like_reference(native, logits, **options)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -151,20 +118,8 @@ def test_nuclei_of_every_shape():
     st.booleans(),
 )
 def test_any_parameters(seed, vocabulary, scale, temperature, top_k, top_p, min_p, per_row):
-    logits = scale * randn(3, vocabulary, seed=seed)
-    logits = logits.round() / 2 if seed % 3 == 0 else logits
-    mask = torch.rand(3, vocabulary, generator=generator(seed)) < 0.8 if seed % 2 else None
-    if mask is not None:
-        mask[:, seed % vocabulary] = True
-    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    if per_row:
-        dtypes = torch.float32, torch.int64, torch.float64, torch.float64
-        parameters = {
-            name: torch.tensor([value, value, {"top_p": 1.0, "temperature": 1.0}.get(name, 0)])
-            .to(dtype)
-            for (name, value), dtype in zip(parameters.items(), dtypes, strict=True)
-        }  # fmt: skip
-    assert_like_reference(logits, seed=seed, mask=mask, **parameters)
+    options = any_case(3, seed, vocabulary, scale, temperature, top_k, top_p, min_p, per_row)
+    assert_like_reference(**options)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 17, 1025])

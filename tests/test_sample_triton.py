@@ -23,9 +23,9 @@ from rlhf_fast.testing import (
     poisoned_memory,
     randn,
 )
-from tests.sample_truth import FLOATS, INF, hugging_face, truth
+from tests import sample_truth
+from tests.sample_truth import FLOATS, INF, any_case, arguments, hugging_face, truth
 from tests.test_sample_draws import race_number
-from tests.test_sample_native import arguments, kept_of
 
 pytest.importorskip("triton")
 if rlhf_fast.backends()["sample"]["triton"] is not True:
@@ -54,28 +54,21 @@ def on_device(*values):
     return tuple(x.to(DEVICE) if torch.is_tensor(x) else x for x in values)
 
 
-def assert_like_reference(logits, seed=5, position=9, mask=None, **parameters):
+class OnDevice:
+    """The kernels, on tensors of the CPU."""
+
+    @staticmethod
+    def sample(*arguments):
+        return tuple(x.cpu() for x in _triton.sample(*on_device(*arguments)))
+
+    @staticmethod
+    def replay_logprob(*arguments):
+        return tuple(x.cpu() for x in _triton.replay_logprob(*on_device(*arguments)))
+
+
+def assert_like_reference(logits, **options):
     """The same ids and kept sets, the twin's log-probs bit for bit; returns ours."""
-    rows = len(logits)
-    seeds = torch.arange(rows) * 7919 + seed
-    call = arguments(**parameters)
-    draw = 0, seeds, position, None
-    ids = reference.sample(logits, mask, *call, *draw)[0]
-    z = logits.float() if mask is None else logits.float().masked_fill(~mask, -INF)
-    theirs = reference.replay_logprob(z, ids, *call)
-    t = parameters.get("temperature", 1.0)
-    t = torch.as_tensor(t, dtype=torch.float32).expand(rows).unsqueeze(-1)
-    u = z / torch.where(t == 0, 1.0, t)
-    with poisoned_memory():
-        out = _triton.sample(*on_device(logits, mask, *call, *draw))
-        mine = _triton.replay_logprob(*on_device(z, ids, *call))
-    out, mine = (tuple(x.cpu() for x in group) for group in (out, mine))
-    assert torch.equal(out[0], ids)
-    assert torch.equal(kept_of(u, mine[2], mine[3]), kept_of(u, theirs[2], theirs[3]))
-    assert_same_bits("logprob", out[1], mine[0])
-    assert_same_bits("log_mass", out[2], mine[1])
-    assert (out[1] <= 0).all() and (out[2] <= 0).all() and (out[3] >= 0).all()
-    return out
+    return sample_truth.assert_like_reference(OnDevice, logits, **options)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 37, 2050])
@@ -116,20 +109,8 @@ def test_ids_and_kept_sets_are_the_reference_s(vocabulary):
     st.booleans(),
 )
 def test_any_parameters(seed, vocabulary, scale, temperature, top_k, top_p, min_p, per_row):
-    logits = scale * randn(2, vocabulary, seed=seed)
-    logits = logits.round() / 2 if seed % 3 == 0 else logits
-    mask = torch.rand(2, vocabulary, generator=generator(seed)) < 0.8 if seed % 2 else None
-    if mask is not None:
-        mask[:, seed % vocabulary] = True
-    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    if per_row:
-        dtypes = torch.float32, torch.int64, torch.float64, torch.float64
-        off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        parameters = {
-            name: torch.tensor([value, off[name]]).to(dtype)
-            for (name, value), dtype in zip(parameters.items(), dtypes, strict=True)
-        }
-    assert_like_reference(logits, seed=seed, mask=mask, **parameters)
+    options = any_case(2, seed, vocabulary, scale, temperature, top_k, top_p, min_p, per_row)
+    assert_like_reference(**options)
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e6])
