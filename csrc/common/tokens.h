@@ -56,16 +56,17 @@ inline int64_t count_tokens(const uint8_t* p, int64_t n) {
   if (!p) return n;
   int64_t count = 0, i = 0;
   // Bytes hold the counts of 255 steps.
-  typedef uint8_t Bytes __attribute__((vector_size(64)));
-  while (i + 64 <= n) {
+  constexpr int kBytes = 4 * W;
+  typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
+  while (i + kBytes <= n) {
     Bytes counts = {};
-    const int64_t end = std::min(n, i + 255 * 64);
-    for (; i + 64 <= end; i += 64) {
+    const int64_t end = std::min(n, i + 255 * kBytes);
+    for (; i + kBytes <= end; i += kBytes) {
       Bytes x;
-      std::memcpy(&x, p + i, 64);
+      std::memcpy(&x, p + i, kBytes);
       counts -= bits_of<Bytes>(x != 0);
     }
-    for (int k = 0; k < 64; ++k) count += counts[k];
+    for (int k = 0; k < kBytes; ++k) count += counts[k];
   }
   for (; i < n; ++i) count += p[i] != 0;
   return count;
